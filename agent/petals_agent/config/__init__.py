@@ -1,0 +1,1 @@
+"""petals-agent.toml: its schema, its loading and its error messages. No torch."""

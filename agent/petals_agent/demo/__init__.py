@@ -1,0 +1,1 @@
+"""A private swarm on this host with a small real model."""

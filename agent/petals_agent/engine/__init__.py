@@ -1,0 +1,1 @@
+"""Continuous batching of sessions over a span of blocks: scheduler, KV cache, backends."""

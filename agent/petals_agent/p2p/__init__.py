@@ -1,0 +1,1 @@
+"""libp2p through hivemind's daemon: start it, attach to it, stream over it. No torch."""

@@ -1,0 +1,1 @@
+"""The agent process: identity, DHT node, announcements, the container's life. No torch."""
