@@ -1,0 +1,332 @@
+"""The engine's thread: takes work from the event loop, runs batches the scheduler chooses, hands results back together.
+
+All tensors of the KV cache belong to this thread. Sessions are opened, stepped and closed from the event loop's thread;
+what they need here travels in a queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from petals_agent.engine.backend import Backend, Prompts
+from petals_agent.engine.kv import KVCache
+from petals_agent.engine.plan import StepPlan
+from petals_agent.engine.scheduler import Batch, Scheduler, TrainingSlice, WaitUntil
+from petals_agent.engine.session import Session, StepWork
+from petals_agent.engine.training import TrainingWork, run_training
+from petals_agent.errors import RequestError
+
+log = logging.getLogger("petals_agent.engine")
+
+
+@dataclass
+class EngineStats:
+    """Counters, written by the engine's thread alone."""
+
+    progress: int = 0  # grows with every batch and training slice: stands still only when stalled or idle
+    steps: int = 0  # client steps answered
+    tokens: int = 0  # tokens × rows that passed the span in steps and forwards
+    batches: int = 0
+    batch_rows: int = 0
+
+
+@dataclass(eq=False)
+class _Training:
+    work: TrainingWork
+    slices: Iterator[list[torch.Tensor] | None]
+
+
+@dataclass
+class _Inbox:
+    """What the event loop hands over: steps, training, sessions to close."""
+
+    items: deque[StepWork | TrainingWork | Session] = field(default_factory=deque)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+
+class Engine:
+    """Runs a backend. Public methods are called from the event loop's thread."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        scheduler: Scheduler[StepWork] | None = None,
+        *,
+        keep_bytes: int = 2**30,
+        training_threads: int = 1,
+    ) -> None:
+        self.backend = backend
+        self.stats = EngineStats()
+        self._scheduler = scheduler if scheduler is not None else Scheduler[StepWork]()
+        self._keep_bytes = keep_bytes
+        self._training_threads = training_threads
+        self._cache = KVCache(backend.layers, backend.dtype, backend.device)
+        self._inbox = _Inbox()
+        self._training: deque[_Training] = deque()
+        self._results: list[tuple[Callable[[Any], None], Any]] = []
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # --- event loop's side
+
+    def start(self) -> None:
+        """Start the thread; results are delivered to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Finish the batch that runs, then end; works that wait are dropped without an answer."""
+        self._stopping = True
+        with self._inbox.changed:
+            self._inbox.changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    @property
+    def queued(self) -> int:
+        """Works that wait or run; with `stats.progress` it tells a stall from idleness."""
+        return self._scheduler.queued + len(self._inbox.items)
+
+    async def step(
+        self,
+        session: Session,
+        hidden: torch.Tensor,
+        *,
+        prompts: torch.Tensor | None = None,
+        hypo_ids: torch.Tensor | None = None,
+        rollback_to: int | None = None,
+    ) -> torch.Tensor:
+        """One step of a session: [rows, n, hidden_size] → the same shape, on the CPU. Cancellation leaves the cache consistent.
+
+        Raises RequestError for input that is not finite, and whatever the backend raised for this session alone.
+        """
+        answer = asyncio.get_running_loop().create_future()
+        self._put(StepWork(session, hidden, _setter(answer), prompts, hypo_ids, rollback_to))
+        result: torch.Tensor = await answer
+        return result
+
+    async def train(
+        self,
+        start: int,
+        end: int,
+        hidden: torch.Tensor,
+        prompts: torch.Tensor | None = None,
+        grad: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Forward, or with `grad` backward, through blocks [start, end); see TrainingWork."""
+        answer = asyncio.get_running_loop().create_future()
+        work = TrainingWork(start, end, hidden, prompts, grad, _setter(answer))
+        self._put(work)
+        try:
+            result: list[torch.Tensor] = await answer
+        finally:
+            work.cancelled = True
+        return result
+
+    def close(self, session: Session) -> None:
+        """Give up a session: waiting steps are dropped, its cache is free at the next step boundary."""
+        if not session.closed:
+            session.closed = True
+            self._put(session)
+
+    def _put(self, item: StepWork | TrainingWork | Session) -> None:
+        with self._inbox.changed:
+            self._inbox.items.append(item)
+            self._inbox.changed.notify()
+
+    # --- engine's side
+
+    def _run(self) -> None:
+        torch.set_num_threads(1)
+        while not self._stopping:
+            self._take()
+            decision = self._scheduler.next(time.monotonic())
+            if isinstance(decision, Batch):
+                self._run_batch(decision)
+            elif isinstance(decision, TrainingSlice):
+                self._run_training_slice()
+            else:
+                self._deliver()
+                timeout = None if decision is None else max(decision.time - time.monotonic(), 0.0)
+                with self._inbox.changed:
+                    if not self._inbox.items and not self._stopping:
+                        self._inbox.changed.wait(timeout)
+            if self._results:
+                self._deliver()
+
+    def _take(self) -> None:
+        items = self._inbox.items
+        while items:
+            item = items.popleft()
+            if isinstance(item, Session):
+                self._scheduler.drop_session(item)
+                self._cache.close(item)
+            elif isinstance(item, TrainingWork):
+                self._training.append(_Training(item, run_training(item, self.backend, self._keep_bytes)))
+                self._scheduler.add_training()
+            elif not item.session.closed:
+                try:
+                    self._begin(item)
+                except Exception as error:
+                    self._results.append((item.done, error))
+                else:
+                    self._scheduler.add(item)
+
+    def _begin(self, work: StepWork) -> None:
+        """What must happen once before the first token of a step: a place, the rollback, the reorder of rows."""
+        session = work.session
+        if session.place is None:
+            self._cache.open(session)
+        if work.rollback_to is not None:
+            session.length = work.rollback_to
+        if work.hypo_ids is not None:
+            with torch.inference_mode():
+                self._cache.reorder(session, work.hypo_ids)
+
+    def _run_batch(self, batch: Batch[StepWork]) -> None:
+        started = time.monotonic()
+        try:
+            self._forward(batch.items)
+        except Exception as error:
+            self._blame(batch, error)
+        self._scheduler.ran(batch, started, time.monotonic())
+        self.stats.progress += 1
+        self.stats.batches += 1
+        self.stats.batch_rows += sum(work.rows for work, _ in batch.items)
+
+    def _blame(self, batch: Batch[StepWork], error: Exception) -> None:
+        """A batch failed: run each work alone, so that only those fail that must."""
+        if len(batch.items) == 1:
+            self._fail(batch.items[0][0], error)
+            return
+        log.warning("a batch of %d works failed (%s); running them one by one", len(batch.items), error)
+        for work, count in batch.items:
+            try:
+                self._forward([(work, count)])
+            except Exception as own:
+                self._fail(work, own)
+
+    def _fail(self, work: StepWork, error: Exception) -> None:
+        work.offset = work.tokens
+        self._results.append((work.done, error))
+
+    def _forward(self, items: list[tuple[StepWork, int]]) -> None:
+        with torch.inference_mode():
+            plan = StepPlan(items, self.backend.dtype, self.backend.device)
+            for work, count in items:
+                session = work.session
+                session.written = max(session.written, session.length + count)
+            parts = [
+                work.hidden[:, work.offset : work.offset + count].reshape(-1, self.backend.hidden_size)
+                for work, count in plan.order
+            ]
+            packed = parts[0] if len(parts) == 1 else torch.cat([part.to(self.backend.dtype) for part in parts])
+            packed = packed.to(self.backend.device, self.backend.dtype)
+            if not torch.isfinite(packed).all():
+                self._refuse_not_finite(items)
+            start, end = items[0][0].group
+            output = self.backend.step(packed, plan, start, end, self._prompts(plan.order)).to("cpu")
+        token = 0
+        for work, count in plan.order:
+            size = work.rows * count
+            self._advance(work, count, output[token : token + size])
+            token += size
+
+    def _refuse_not_finite(self, items: list[tuple[StepWork, int]]) -> None:
+        for work, count in items:
+            part = work.hidden[:, work.offset : work.offset + count].to(self.backend.dtype)
+            if len(items) == 1 and not torch.isfinite(part).all():
+                raise RequestError("hidden_states contain NaN or infinity (or do not fit the served dtype)")
+        raise RequestError("hidden_states of one session in the batch contain NaN or infinity")
+
+    def _prompts(self, order: list[tuple[StepWork, int]]) -> Prompts:
+        """Prompts apply to the first p tokens of the message; a chunk takes the part that falls into it."""
+        found: Prompts = []
+        token = 0
+        for work, count in order:
+            if work.prompts is not None:
+                prompts = work.prompts.to(self.backend.device, self.backend.dtype)
+                part = prompts[:, :, work.offset : work.offset + count]
+                if part.shape[2]:
+                    for row in range(work.rows):
+                        of_row = part[:, row if part.shape[1] > 1 else 0]
+                        found.append((token + row * count, list(of_row)))
+            token += work.rows * count
+        return found
+
+    def _advance(self, work: StepWork, count: int, output: torch.Tensor) -> None:
+        """Bookkeeping after `count` tokens per row of `work` are in the cache."""
+        work.session.length += count
+        work.offset += count
+        rows = output.view(work.rows, count, self.backend.hidden_size)
+        self.stats.tokens += work.rows * count
+        if work.remaining > 0:
+            work.parts.append(rows)
+            return
+        result = torch.cat((*work.parts, rows), dim=1) if work.parts else rows
+        work.parts = []
+        self.stats.steps += 1
+        self._results.append((work.done, result))
+
+    def _run_training_slice(self) -> None:
+        job = self._training[0]
+        started = time.monotonic()
+        result: list[torch.Tensor] | BaseException | None = None
+        if job.work.cancelled:
+            result = RequestError("cancelled")
+        else:
+            torch.set_num_threads(self._training_threads)
+            try:
+                result = next(job.slices)
+            except Exception as error:
+                result = error
+            finally:
+                torch.set_num_threads(1)
+        self._scheduler.ran_training(time.monotonic() - started)
+        self.stats.progress += 1
+        if result is not None:
+            self._training.popleft()
+            self._scheduler.training_done()
+            self.stats.tokens += job.work.tokens
+            if isinstance(result, list):
+                result = [tensor.detach().to("cpu") for tensor in result]
+            self._results.append((job.work.done, result))
+        elif len(self._training) > 1:
+            self._training.rotate(-1)  # a short request is not held up by a long one
+
+    def _deliver(self) -> None:
+        """Hand all results over with one wake-up of the event loop."""
+        if self._results:
+            results, self._results = self._results, []
+            assert self._loop is not None
+            try:
+                self._loop.call_soon_threadsafe(_give, results)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                self._stopping = True
+
+
+def _give(results: list[tuple[Callable[[Any], None], Any]]) -> None:
+    for done, result in results:
+        done(result)
+
+
+def _setter(future: asyncio.Future[Any]) -> Callable[[Any], None]:
+    def done(result: Any) -> None:
+        if future.done():
+            return
+        if isinstance(result, BaseException):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    return done

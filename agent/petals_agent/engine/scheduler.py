@@ -1,0 +1,198 @@
+"""Which work runs next: decode rows of all ready sessions together, prefill in chunks beside them, training in between.
+
+A plain object without torch, threads or clocks: the engine passes in the time. Rules, each with its reason:
+
+- All ready decode steps of one block range run as one batch; a batch costs little more than one row.
+- Closed-loop clients answer one step before they send the next. Starting a step as soon as one request is there splits
+  them into small groups for ever, so we wait for sessions that were in one of the last two steps, at most half a step.
+- A long prompt runs in chunks sized so that a step stays near `target_step_s`: decode rows beside it wait that long.
+- Forward/backward work is cut into slices by its owner; while steps are ready too, it gets `training_share` of the time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+DECODE_TOKENS = 8  # a step of at most so many tokens a row rides along whole
+
+
+class Schedulable(Protocol):
+    """What the scheduler needs to know of a step."""
+
+    @property
+    def session(self) -> Hashable: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def remaining(self) -> int: ...
+    @property
+    def group(self) -> Hashable: ...
+
+
+W = TypeVar("W", bound=Schedulable)
+
+
+@dataclass(frozen=True)
+class Batch(Generic[W]):
+    """Run these together: each work with how many tokens per row of it."""
+
+    items: list[tuple[W, int]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(work.rows * count for work, count in self.items)
+
+
+@dataclass(frozen=True)
+class TrainingSlice:
+    """Run one slice of the oldest forward/backward work."""
+
+
+@dataclass(frozen=True)
+class WaitUntil:
+    """Nothing to run yet; look again at this time, or when something was added."""
+
+    time: float
+
+
+class Scheduler(Generic[W]):
+    """Queue of steps, fair in order of arrival; one step per session at a time is the caller's duty."""
+
+    def __init__(
+        self,
+        *,
+        max_batch_tokens: int = 2048,
+        target_step_s: float = 0.05,
+        min_chunk: int = 32,
+        training_share: float = 0.5,
+        wait_fraction: float = 0.5,
+    ) -> None:
+        self.max_batch_tokens = max_batch_tokens
+        self.target_step_s = target_step_s
+        self.min_chunk = min_chunk
+        self.training_share = training_share
+        self.wait_fraction = wait_fraction
+        self._waiting: OrderedDict[int, W] = OrderedDict()  # by id(work), in order of arrival
+        self._training = 0  # training works that are not finished
+        self._recent: list[set[Hashable]] = [set(), set()]  # sessions of the last two decode steps
+        self._here: dict[Hashable, int] = {}  # sessions with a waiting step
+        self._last_end = 0.0
+        self._last_duration = 0.0
+        self._token_cost_s = 0.0  # running mean of seconds per token in steps with prefill
+        self._step_time = 0.0
+        self._training_time = 0.0
+
+    # --- what happened
+
+    def add(self, work: W) -> None:
+        self._waiting[id(work)] = work
+        self._here[work.session] = self._here.get(work.session, 0) + 1
+
+    def drop_session(self, session: Hashable) -> list[W]:
+        """Forget a session that is gone; returns its waiting steps."""
+        dropped = [work for work in self._waiting.values() if work.session is session]
+        for work in dropped:
+            self._remove(work)
+        for recent in self._recent:
+            recent.discard(session)
+        return dropped
+
+    def add_training(self) -> None:
+        self._training += 1
+
+    def training_done(self) -> None:
+        self._training -= 1
+
+    def ran(self, batch: Batch[W], started: float, ended: float) -> None:
+        """Tell how long a batch took; works with tokens left stay in their place, the others are removed."""
+        decode: set[Hashable] = set()
+        for work, count in batch.items:
+            if count <= DECODE_TOKENS:
+                decode.add(work.session)
+            if work.remaining <= 0:
+                self._remove(work)
+        if decode:
+            self._recent = [decode, self._recent[0]]
+        duration = max(ended - started, 0.0)
+        if batch.tokens >= self.min_chunk:
+            cost = duration / batch.tokens
+            self._token_cost_s = cost if self._token_cost_s == 0 else 0.8 * self._token_cost_s + 0.2 * cost
+        self._last_end, self._last_duration = ended, duration
+        self._step_time += duration
+
+    def ran_training(self, duration: float) -> None:
+        self._training_time += max(duration, 0.0)
+
+    # --- what next
+
+    @property
+    def queued(self) -> int:
+        """Steps and training works that wait or are being worked on."""
+        return len(self._waiting) + self._training
+
+    def next(self, now: float) -> Batch[W] | TrainingSlice | WaitUntil | None:
+        """What to do at time `now` (seconds, monotonic); None when there is nothing at all."""
+        if not self._waiting:
+            self._step_time = self._training_time = 0.0
+            return TrainingSlice() if self._training else None
+        if self._training:
+            due = self._training_time * (1 - self.training_share) <= self._step_time * self.training_share
+            if due:
+                return TrainingSlice()
+        until = self._wait_for_recent(now)
+        if until is not None:
+            return TrainingSlice() if self._training else WaitUntil(until)
+        return self._batch()
+
+    def _wait_for_recent(self, now: float) -> float | None:
+        """The time until which sessions that were active a moment ago are worth waiting for."""
+        absent = any(session not in self._here for recent in self._recent for session in recent)
+        until = self._last_end + self.wait_fraction * self._last_duration
+        return until if absent and now < until else None
+
+    def chunk_tokens(self, beside_decode: bool) -> int:
+        """Prefill tokens for one step: as many as fit the target time; without decode rows the batch limit alone."""
+        if not beside_decode and not self._recent[0]:
+            return self.max_batch_tokens
+        if self._token_cost_s == 0:
+            return max(self.min_chunk, 64)
+        fit = int(self.target_step_s / self._token_cost_s)
+        return max(self.min_chunk, min(fit, self.max_batch_tokens))
+
+    def _batch(self) -> Batch[W]:
+        oldest = next(iter(self._waiting.values()))
+        mates = [work for work in self._waiting.values() if work.group == oldest.group]
+        items: list[tuple[W, int]] = []
+        budget = self.max_batch_tokens
+        for work in mates:
+            size = work.rows * work.remaining
+            if work.remaining <= DECODE_TOKENS and (size <= budget or not items):
+                items.append((work, work.remaining))
+                budget -= size
+        chunks = [work for work in mates if work.remaining > DECODE_TOKENS]
+        if chunks:
+            left = min(budget, self.chunk_tokens(bool(items)))
+            for work in chunks:
+                count = min(work.remaining, left // work.rows)
+                if count <= 0 and not items:
+                    count = 1  # even one token a row is over the budget: it must still advance
+                if count <= 0:
+                    continue
+                items.append((work, count))
+                left -= count * work.rows
+            # round robin: whoever got a chunk goes behind the others
+            for work, _ in items:
+                if work.remaining > DECODE_TOKENS:
+                    self._waiting.move_to_end(id(work))
+        return Batch(items)
+
+    def _remove(self, work: W) -> None:
+        del self._waiting[id(work)]
+        left = self._here[work.session] - 1
+        if left:
+            self._here[work.session] = left
+        else:
+            del self._here[work.session]

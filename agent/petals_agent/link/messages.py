@@ -1,0 +1,148 @@
+"""What the agent and its container say to each other; typed, versioned, and checked on both sides."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+VERSION = 1
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --- agent → container
+
+
+class Inspect(_Message):
+    """Open the model (config and index, no weights) and say what this host can hold of it."""
+
+    type: Literal["inspect"] = "inspect"
+
+
+class Load(_Message):
+    """Load blocks [start, end) and get ready to serve them."""
+
+    type: Literal["load"] = "load"
+    start: int
+    end: int
+
+
+class Attach(_Message):
+    """Register our handlers with the p2pd at `daemon`; sent again after p2pd was replaced."""
+
+    type: Literal["attach"] = "attach"
+    daemon: str
+    peer_id: str
+    client_mode: bool
+
+
+class Drain(_Message):
+    """Refuse new requests; answer `drained` when those in flight are done or `timeout` seconds passed."""
+
+    type: Literal["drain"] = "drain"
+    timeout: float | None
+
+
+class Stop(_Message):
+    """End now."""
+
+    type: Literal["stop"] = "stop"
+
+
+# --- container → agent
+
+
+class Hello(_Message):
+    """First message: lets the agent refuse a container of another version."""
+
+    type: Literal["hello"] = "hello"
+    version: int = VERSION
+    package: str
+    pid: int
+
+
+class Inspected(_Message):
+    """Facts about the model, and how many blocks fit into free memory."""
+
+    type: Literal["inspected"] = "inspected"
+    model_type: str
+    num_blocks: int
+    hidden_size: int
+    dht_prefix: str
+    repository: str | None
+    fit_blocks: int
+    dtype: str
+    device: str
+
+
+class Progress(_Message):
+    """One line for `status` while loading."""
+
+    type: Literal["progress"] = "progress"
+    text: str
+    done: int
+    total: int
+
+
+class Loaded(_Message):
+    """Blocks are in memory and passed their self-check; rates are tokens/s, None when a number was configured."""
+
+    type: Literal["loaded"] = "loaded"
+    start: int
+    end: int
+    backend: str
+    throughput: float
+    network_rps: float | None
+    forward_rps: float | None
+    inference_rps: float | None
+    cache_units: int
+    load_s: float
+
+
+class Attached(_Message):
+    """Handlers are registered; `listen_path` is what must be cleaned up in p2pd should we die."""
+
+    type: Literal["attached"] = "attached"
+    listen_path: str
+    names: list[str]
+
+
+class Beat(_Message):
+    """Once a second: facts, no conclusions."""
+
+    type: Literal["beat"] = "beat"
+    loop_lag_s: float
+    progress: int
+    queued: int
+    sessions: int
+    in_flight: int
+    cache_units_left: int
+    tokens: int
+    requests: int
+    batch_rows: float
+
+
+class Drained(_Message):
+    type: Literal["drained"] = "drained"
+    in_flight: int
+
+
+class Failed(_Message):
+    """A request of the agent could not be done; `code` is that of the error (errors.py)."""
+
+    type: Literal["failed"] = "failed"
+    doing: str
+    code: str
+    exit_code: int
+    message: str
+
+
+ToContainer = Annotated[Inspect | Load | Attach | Drain | Stop, Field(discriminator="type")]
+ToAgent = Annotated[
+    Hello | Inspected | Progress | Loaded | Attached | Beat | Drained | Failed, Field(discriminator="type")
+]
+TO_CONTAINER: TypeAdapter[Inspect | Load | Attach | Drain | Stop] = TypeAdapter(ToContainer)
+TO_AGENT: TypeAdapter[Hello | Inspected | Progress | Loaded | Attached | Beat | Drained | Failed] = TypeAdapter(ToAgent)

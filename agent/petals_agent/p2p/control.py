@@ -1,0 +1,117 @@
+"""Requests to a running p2pd over its control socket, each on a connection of its own and with a deadline.
+
+hivemind's client keeps one address for its stream handlers and can remove only those. We also remove what a dead process
+left behind, and ask a daemon whether it still answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from petals_agent.errors import DaemonError
+from petals_agent.p2p import light
+
+light.install(without_torch=False)
+
+from hivemind.proto import p2pd_pb2  # noqa: E402
+from hivemind.utils.multiaddr import Multiaddr  # noqa: E402
+
+MAX_REPLY = 4 * 2**20
+
+
+def unix_path(maddr: str) -> str:
+    """`/unix/tmp/x.sock` → `/tmp/x.sock`."""
+    return maddr.removeprefix("/unix")
+
+
+def unix_maddr_bytes(path: str) -> bytes:
+    """The binary multiaddr of a unix socket."""
+    return bytes(Multiaddr(f"/unix{path}").to_bytes())
+
+
+def varint(value: int) -> bytes:
+    """Unsigned LEB128, as protobuf's delimited messages use it."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+async def _read_varint(reader: asyncio.StreamReader) -> int:
+    value = shift = 0
+    while True:
+        byte = (await reader.readexactly(1))[0]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value
+        shift += 7
+        if shift > 35:
+            raise DaemonError("p2pd sent a length that makes no sense; restart it")
+
+
+async def _exchange(daemon: str, message: p2pd_pb2.Request, what: str) -> p2pd_pb2.Response:
+    reader, writer = await asyncio.open_unix_connection(unix_path(daemon))
+    try:
+        body = message.SerializeToString()
+        writer.write(varint(len(body)) + body)
+        size = await _read_varint(reader)
+        if size > MAX_REPLY:
+            raise DaemonError(f"p2pd announced a reply of {size} bytes to {what}; the limit is {MAX_REPLY}")
+        return p2pd_pb2.Response.FromString(await reader.readexactly(size))
+    finally:
+        writer.close()
+
+
+async def request(daemon: str, message: p2pd_pb2.Request, timeout: float = 5.0) -> p2pd_pb2.Response:
+    """Send one request to the daemon at multiaddr `daemon`.
+
+    Raises DaemonError when it refuses, closes the connection, or does not answer within `timeout` seconds.
+    """
+    what = p2pd_pb2.Request.Type.Name(message.type)
+    try:
+        reply = await asyncio.wait_for(_exchange(daemon, message, what), timeout)
+    except asyncio.TimeoutError:
+        raise DaemonError(f"p2pd did not answer {what} within {timeout:g} s") from None
+    except (OSError, EOFError) as error:
+        raise DaemonError(f"p2pd is not there ({what}: {error!r})") from error
+    if reply.type == p2pd_pb2.Response.ERROR:
+        raise DaemonError(f"p2pd refused {what}: {reply.error.msg}")
+    return reply
+
+
+async def add_stream_handlers(daemon: str, listen_path: str, names: Sequence[str]) -> None:
+    """Let the daemon open a connection to our socket `listen_path` for every stream to one of `names`."""
+    for name in names:
+        await request(
+            daemon,
+            p2pd_pb2.Request(
+                type=p2pd_pb2.Request.STREAM_HANDLER,
+                streamHandler=p2pd_pb2.StreamHandlerRequest(addr=unix_maddr_bytes(listen_path), proto=[name]),
+            ),
+        )
+
+
+async def remove_stream_handlers(daemon: str, listen_path: str, names: Sequence[str]) -> None:
+    """Remove handlers by the address that registered them: also those of a process that is dead."""
+    for name in names:
+        await request(
+            daemon,
+            p2pd_pb2.Request(
+                type=p2pd_pb2.Request.REMOVE_STREAM_HANDLER,
+                removeStreamHandler=p2pd_pb2.RemoveStreamHandlerRequest(
+                    addr=unix_maddr_bytes(listen_path), proto=[name]
+                ),
+            ),
+        )
+
+
+async def identify(daemon: str, timeout: float = 5.0) -> tuple[str, list[str]]:
+    """The daemon's peer id (base58) and the multiaddresses it can be seen at; proof that it answers."""
+    from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
+
+    reply = await request(daemon, p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY), timeout)
+    peer = PeerID(reply.identify.id)
+    return peer.to_base58(), [f"{Multiaddr(raw)}/p2p/{peer.to_base58()}" for raw in reply.identify.addrs]

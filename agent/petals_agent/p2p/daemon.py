@@ -1,0 +1,156 @@
+"""One p2pd process: started with our identity, watched, and replaced without anyone else losing state."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from petals_agent.errors import DaemonError
+from petals_agent.p2p import control
+from petals_agent.processes import end_child, start_child
+
+log = logging.getLogger("petals_agent.p2pd")
+
+PERSISTENT_MESSAGE_LIMIT = 4 * 2**20  # hivemind's DEFAULT_MAX_MSG_SIZE; both ends of the wire assume it
+
+
+@dataclass(frozen=True)
+class DaemonOptions:
+    """What p2pd is started with; multiaddresses as text."""
+
+    identity: Path | None = None  # None: a new identity each time
+    initial_peers: Sequence[str] = ()
+    listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)
+    announce: Sequence[str] = ()
+    client: bool = False  # no DHT records for others, and (with `listen` empty) nothing to dial
+    use_relay: bool = True
+    use_auto_relay: bool = False
+    auto_nat: bool = True
+    nat_port_map: bool = True
+    startup_timeout: float = 60.0
+    socket_dir: Path = field(default_factory=lambda: Path("/tmp"))
+
+
+def binary() -> Path:
+    """The p2pd that the hivemind wheel brings."""
+    spec = importlib.util.find_spec("hivemind.hivemind_cli")
+    if spec is None or not spec.submodule_search_locations:
+        raise DaemonError("hivemind is installed without p2pd; reinstall its wheel")
+    return Path(next(iter(spec.submodule_search_locations))) / "p2pd"
+
+
+class Daemon:
+    """A running p2pd. `await Daemon.start(options)`, then `maddr` is its control address and `exited` a future."""
+
+    def __init__(self, process: asyncio.subprocess.Process, maddr: str) -> None:
+        self.process = process
+        self.maddr = maddr
+        self.peer_id = ""
+        self._last_line = ""
+        self._reader = asyncio.create_task(self._read_output(), name="p2pd output")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @classmethod
+    async def start(cls, options: DaemonOptions) -> Daemon:
+        """Start p2pd and wait until it answers.
+
+        Raises DaemonError with p2pd's last words when it exits, or after `startup_timeout` seconds.
+        """
+        path = options.socket_dir / f"p2pd-{secrets.token_hex(4)}.sock"
+        process = await start_child(
+            _command(options, path),
+            environment={"GOLOG_LOG_LEVEL": os.environ.get("GOLOG_LOG_LEVEL", "error")},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        self = cls(process, f"/unix{path}")
+        try:
+            await asyncio.wait_for(self._until_it_answers(path), options.startup_timeout)
+        except asyncio.TimeoutError:
+            await self.stop()
+            raise DaemonError(
+                f"p2pd did not start within {options.startup_timeout:g} s (last words: {self._last_line or 'none'}); "
+                "raise swarm.daemon_startup_timeout, or check the bootstrap peers and the clock"
+            ) from None
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def _until_it_answers(self, path: Path) -> None:
+        while True:
+            if self.process.returncode is not None:
+                await self._reader
+                raise DaemonError(
+                    f"p2pd ended at once with status {self.process.returncode}: {self._last_line or 'no output'}; "
+                    "is the listen port free and the identity readable?"
+                )
+            if path.exists():
+                try:
+                    self.peer_id, _ = await control.identify(self.maddr, timeout=2.0)
+                    return
+                except DaemonError:
+                    pass  # the socket is there before its listener
+            await asyncio.sleep(0.01)
+
+    async def _read_output(self) -> None:
+        assert self.process.stdout is not None
+        while line := await _line(self.process.stdout):
+            self._last_line = line.decode(errors="replace").strip()
+            log.debug("%s", self._last_line)
+
+    async def visible_maddrs(self) -> list[str]:
+        """Addresses others can dial, with our peer id."""
+        _, maddrs = await control.identify(self.maddr)
+        return maddrs
+
+    async def stop(self, grace: float = 2.0) -> None:
+        """End the process and remove its socket."""
+        await end_child(self.process, grace)
+        await asyncio.gather(self._reader, return_exceptions=True)
+        Path(control.unix_path(self.maddr)).unlink(missing_ok=True)
+
+
+async def _line(stream: asyncio.StreamReader) -> bytes:
+    try:
+        return await stream.readline()
+    except ValueError:  # longer than the buffer: dropped by the reader
+        return b"(a line too long to show)"
+
+
+def _command(options: DaemonOptions, socket: Path) -> list[str]:
+    flags: dict[str, object] = {
+        "listen": f"/unix{socket}",
+        "b": bool(options.initial_peers),
+        "dhtClient" if options.client else "dhtServer": True,
+        "relay": options.use_relay,
+        "autoRelay": options.use_auto_relay,
+        "relayHopLimit": 0,
+        "autonat": options.auto_nat,
+        "natPortMap": options.nat_port_map,
+        "connManager": True,
+        "idleTimeout": "30s",
+        "tls": True,
+        "persistentConnMaxMsgSize": PERSISTENT_MESSAGE_LIMIT,
+    }
+    if options.identity is not None:
+        flags["id"] = options.identity
+    for name, values in (
+        ("bootstrapPeers", options.initial_peers),
+        ("hostAddrs", options.listen),
+        ("announceAddrs", options.announce),
+    ):
+        if values:
+            flags[name] = ",".join(values)
+    if not options.listen:
+        flags["noListenAddrs"] = True
+    return [str(binary()), *(f"-{key}={int(value) if isinstance(value, bool) else value}" for key, value in flags.items())]

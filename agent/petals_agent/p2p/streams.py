@@ -1,0 +1,227 @@
+"""Server side of libp2p streams: p2pd connects to our unix socket once per stream, we frame and bound what comes.
+
+hivemind spends several tasks and queues on each message; a decode step is 1 KiB, so that would cost as much as the
+model. Here a stream is one asyncio protocol object, and reading a message is a buffer slice.
+
+Wire (protocol.md §2.2): first a varint-delimited p2pd StreamInfo, then messages of 1 marker byte (0 message, 1 error
+or end), 8 bytes big-endian length, body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+from petals_agent.p2p import control
+
+from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID  # isort: skip
+from hivemind.proto import p2pd_pb2  # isort: skip
+
+log = logging.getLogger("petals_agent.streams")
+
+_HEADER = struct.Struct(">BQ")
+_MESSAGE, _ERROR = 0, 1
+_PENDING_MESSAGES = 8  # unread messages per stream before we stop reading from p2pd
+_STREAM_INFO_LIMIT = 4096
+
+Handler = Callable[["Stream"], Awaitable[None]]
+
+
+class Stream(asyncio.Protocol):
+    """One incoming stream. `receive` gives request bodies, `send` writes responses, `gone` fires when the caller left."""
+
+    def __init__(self, server: StreamServer) -> None:
+        self._server = server
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._pending: deque[bytes] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._ended = False  # the caller sent its end marker
+        self._paused = False
+        self._task: asyncio.Task[None] | None = None
+        self.name = ""
+        self.remote_id = ""
+        self.gone = False
+
+    # --- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._server.streams.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        if self._task is None and not self._start():
+            return
+        self._split_messages()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.gone = True
+        self._server.streams.discard(self)
+        self._wake()
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        if self._task is not None:
+            self._task.cancel()
+
+    def pause_writing(self) -> None:
+        self._writable = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self._writable = None
+
+    # --- what handlers use
+
+    async def receive(self) -> bytes | None:
+        """The next request body; None when the caller has ended its side or is gone. Bound it by asyncio.wait_for."""
+        while not self._pending:
+            if self._ended or self.gone:
+                return None
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        body = self._pending.popleft()
+        if self._paused and len(self._pending) < _PENDING_MESSAGES // 2 and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+            self._split_messages()
+        return body
+
+    async def send(self, body: bytes) -> None:
+        """Write one response; waits while the caller reads slower than we write."""
+        if self.gone or self._transport is None:
+            return
+        header = _HEADER.pack(_MESSAGE, len(body))
+        if len(body) < 65536:
+            self._transport.write(header + body)
+        else:
+            self._transport.writelines((header, body))
+        if self._writable is not None:
+            await self._writable
+
+    def fail(self, message: str) -> None:
+        """Write the error marker with `message` and close."""
+        if self.gone or self._transport is None:
+            return
+        body = p2pd_pb2.RPCError(message=message).SerializeToString()
+        self._transport.write(_HEADER.pack(_ERROR, len(body)) + body)
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Drop the connection; the handler's task is cancelled."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- framing
+
+    def _start(self) -> bool:
+        """Parse the StreamInfo and start the handler; False while it is incomplete or when the stream is refused."""
+        size = shift = used = 0
+        for byte in self._buffer[:5]:
+            size |= (byte & 0x7F) << shift
+            used, shift = used + 1, shift + 7
+            if byte < 0x80:
+                break
+        else:
+            if len(self._buffer) >= 5:
+                self.abort()
+            return False
+        if size > _STREAM_INFO_LIMIT:
+            self.abort()
+            return False
+        if len(self._buffer) < used + size:
+            return False
+        info = p2pd_pb2.StreamInfo.FromString(bytes(self._buffer[used : used + size]))
+        del self._buffer[: used + size]
+        handler = self._server.handlers.get(info.proto)
+        if handler is None:
+            self.abort()
+            return False
+        self.name = info.proto
+        self.remote_id = PeerID(info.peer).to_base58()
+        self._task = asyncio.get_running_loop().create_task(self._handle(handler), name=info.proto)
+        return True
+
+    async def _handle(self, handler: Handler) -> None:
+        try:
+            await handler(self)
+        except Exception as error:
+            log.warning("%s from …%s failed: %s", self.name, self.remote_id[-6:], error)
+            self.fail(str(error) or repr(error))
+        finally:
+            if self._transport is not None:
+                self._transport.close()
+
+    def _split_messages(self) -> None:
+        buffer, offset = self._buffer, 0
+        limit = self._server.message_limit
+        while len(buffer) - offset >= _HEADER.size:
+            marker, size = _HEADER.unpack_from(buffer, offset)
+            if size > limit:
+                self._ended = True
+                self.fail(f"a message of {size} bytes was announced; the limit here is {limit} bytes")
+                break
+            if len(self._pending) >= _PENDING_MESSAGES:
+                if not self._paused and self._transport is not None:
+                    self._paused = True
+                    self._transport.pause_reading()
+                break
+            end = offset + _HEADER.size + size
+            if len(buffer) < end:
+                break
+            if marker == _MESSAGE:
+                self._pending.append(bytes(memoryview(buffer)[offset + _HEADER.size : end]))
+            else:
+                self._ended = True
+            offset = end
+        if offset:
+            del buffer[:offset]
+        if self._pending or self._ended:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class StreamServer:
+    """Accepts streams for a set of protocol names through one p2pd; `path` is what the agent must clean up after us."""
+
+    def __init__(self, handlers: Mapping[str, Handler], message_limit: int, socket_dir: Path) -> None:
+        self.handlers = dict(handlers)
+        self.message_limit = message_limit
+        self.path = str(socket_dir / f"p2pclient-{secrets.token_hex(4)}.sock")
+        self.streams: set[Stream] = set()
+        self._server: asyncio.AbstractServer | None = None
+
+    async def start(self) -> None:
+        """Listen on `path`; nothing comes before `attach`."""
+        self._server = await asyncio.get_running_loop().create_unix_server(lambda: Stream(self), self.path)
+
+    async def attach(self, daemon: str) -> None:
+        """Register all names with the p2pd at `daemon`; raises DaemonError, e.g. when another process has them."""
+        await control.add_stream_handlers(daemon, self.path, list(self.handlers))
+
+    async def detach(self, daemon: str) -> None:
+        """Take the names back; open streams go on."""
+        await control.remove_stream_handlers(daemon, self.path, list(self.handlers))
+
+    async def stop(self) -> None:
+        """Drop all streams and stop listening."""
+        if self._server is not None:
+            self._server.close()
+        tasks = [stream._task for stream in self.streams if stream._task is not None]
+        for stream in list(self.streams):
+            stream.abort()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if os.path.exists(self.path):
+            os.unlink(self.path)

@@ -1,0 +1,75 @@
+"""Child processes that cannot outlive us, and how to end them."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# a child must not speak to systemd in our name
+_OURS_ALONE = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
+
+
+def die_with_parent() -> Callable[[], None]:
+    """A `preexec_fn`: the kernel kills the child when the thread that started it ends (so start it from the main one)."""
+    parent = os.getpid()
+
+    def in_child() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died between fork and prctl
+            os._exit(1)
+
+    return in_child
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Our environment without what only we may use, plus `extra`."""
+    environment = {key: value for key, value in os.environ.items() if key not in _OURS_ALONE}
+    environment.update(extra or {})
+    return environment
+
+
+async def start_child(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+    pass_fds: Sequence[int] = (),
+) -> asyncio.subprocess.Process:
+    """Start `command` so that it dies with us; standard input is empty."""
+    return await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        env=child_environment(environment),
+        pass_fds=tuple(pass_fds),
+        preexec_fn=die_with_parent(),
+    )
+
+
+async def end_child(process: asyncio.subprocess.Process, grace: float) -> None:
+    """SIGTERM, and SIGKILL after `grace` seconds; returns when the process is gone."""
+    if process.returncode is not None:
+        return
+    _signal(process, signal.SIGTERM)
+    # a stopped process takes its SIGTERM only when it runs
+    _signal(process, signal.SIGCONT)
+    try:
+        await asyncio.wait_for(process.wait(), grace)
+    except asyncio.TimeoutError:
+        _signal(process, signal.SIGKILL)
+        await process.wait()
+
+
+def _signal(process: asyncio.subprocess.Process, number: int) -> None:
+    try:
+        process.send_signal(number)
+    except ProcessLookupError:
+        pass
