@@ -139,11 +139,9 @@ def test_rejected(name: str) -> None:
 
 @pytest.mark.interop
 def test_published_petals_agrees() -> None:
-    python = os.environ.get("PETALS_PEER_PYTHON")
-    if not python:
-        pytest.skip(
-            "PETALS_PEER_PYTHON does not name the interpreter of an environment with the published Petals"
-        )
+    python = peer_python()
+    if python is None:
+        pytest.skip("the published Petals is not installed: make peer-venv (or set PETALS_PEER_PYTHON)")
     names = [*ACCEPTED, *REJECTED]
     values = [MSGPackSerializer.dumps((ACCEPTED | REJECTED)[name]).hex() for name in names]
     script = Path(__file__).with_name("petals_validation.py")
