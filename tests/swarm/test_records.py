@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.swarm import peer_python
 from petals_agent.p2p import light
 from petals_agent.swarm.records import MAX_TEXT, ModelRecord, ServerInfo, ServerState
 
