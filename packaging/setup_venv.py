@@ -54,7 +54,7 @@ class Venv:
 
     def create(self) -> None:
         """Make the folder with the running Python; an environment of another Python is replaced."""
-        if sys.version_info < (3, 10):
+        if sys.version_info < (3, 10):  # noqa: UP036  runs on whatever Python the machine has
             raise SetupError(
                 f"Python 3.11 is needed (3.10 at least), but {sys.executable} is {platform.python_version()}; "
                 "install it (Debian 12: apt install python3 python3-venv) or name one: make PYTHON=/path/to/python3.11"
@@ -72,7 +72,15 @@ class Venv:
 
     def pip_install(self, *args: str, what: str, patience_s: float = INSTALL_S) -> None:
         """Install with the machine's own pip configuration; raises SetupError with pip's words."""
-        command = [str(self.python), "-m", "pip", "install", "-qq", "--no-input", "--disable-pip-version-check"]
+        command = [
+            str(self.python),
+            "-m",
+            "pip",
+            "install",
+            "-qq",
+            "--no-input",
+            "--disable-pip-version-check",
+        ]
         run([*command, "--progress-bar", "off", *args], what, patience_s)
 
     def installed_torch(self) -> str:
@@ -85,10 +93,14 @@ class Venv:
 def run(command: list[str], what: str, patience_s: float) -> None:
     """Run quietly, with a sign of life every 20 s; raises SetupError with the tail of what it printed."""
     start = time.monotonic()
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     printed: list[bytes] = []
     assert child.stdout is not None
-    reader = threading.Thread(target=lambda pipe: printed.append(pipe.read()), args=(child.stdout,), daemon=True)
+    reader = threading.Thread(
+        target=lambda pipe: printed.append(pipe.read()), args=(child.stdout,), daemon=True
+    )
     reader.start()
     try:
         while True:
@@ -136,7 +148,9 @@ def pytorch_index_answers() -> bool:
 def install_torch(venv: Venv, version: str, mode: str) -> None:
     """Put in the torch build that suits this machine and say which; the rest of pip's work then finds it there."""
     if mode == "auto" and has_gpu():
-        return say(f"torch {version}: an NVIDIA device is here, so the default package index's build is taken")
+        return say(
+            f"torch {version}: an NVIDIA device is here, so the default package index's build is taken"
+        )
     if mode == "cuda" or (sys.platform != "linux" and mode == "auto"):
         return say(f"torch {version}: the default package index's build is taken")
     wanted = f"torch=={version}+cpu"
@@ -158,7 +172,9 @@ def install_torch(venv: Venv, version: str, mode: str) -> None:
         raise SetupError(
             f"no CPU build of torch {version}: neither pip's configuration nor {PYTORCH_CPU_INDEX} has one at once; {hint}"
         )
-    say(f"torch {version}: PyTorch's index does not answer, so the default package index's build is taken; it works")
+    say(
+        f"torch {version}: PyTorch's index does not answer, so the default package index's build is taken; it works"
+    )
     say("  without a GPU, but brings CUDA libraries (some 3 GB). To avoid them, stop here (Ctrl-C) and")
     say(f"  {hint}")
 
@@ -236,7 +252,9 @@ def same_python(venv: Venv) -> bool:
 
 def main() -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=["agent", "peer"])
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()

@@ -1,0 +1,84 @@
+"""Start the members of a test swarm: a bootstrap node, published Petals servers, the published client."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.processes import Process, Processes
+
+TESTS = Path(__file__).resolve().parent.parent
+PEER_SCRIPTS = TESTS / "interop" / "peer"
+PREFIX = "tiny"  # the DHT prefix of the test model
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def peer_python() -> Path | None:
+    """The Python that has the published Petals: PETALS_PEER_PYTHON, or .venv-petals in the checkout."""
+    given = os.environ.get("PETALS_PEER_PYTHON")
+    python = Path(given) if given else TESTS.parent / ".venv-petals" / "bin" / "python"
+    return python if python.exists() else None
+
+
+def start_bootstrap(processes: Processes) -> str:
+    """A DHT node on loopback; returns its multiaddress."""
+    node = processes.start("bootstrap", [sys.executable, TESTS / "harness" / "dht_node.py"])
+    return str(node.wait_event("listening", 60)["maddrs"][0])
+
+
+@dataclass
+class StockServer:
+    """A published Petals server, possibly still starting."""
+
+    process: Process
+    blocks: str
+
+    def wait_online(self, timeout: float = 120) -> StockServer:
+        """Wait until its blocks are announced as ONLINE."""
+        self.process.wait_event("online", timeout)
+        return self
+
+    @property
+    def maddr(self) -> str:
+        """Where it can be joined; it needs no bootstrap node of its own."""
+        return str(self.process.wait_event("listening", 120)["maddrs"][0])
+
+    @property
+    def peer_id(self) -> str:
+        return self.maddr.rsplit("/", 1)[1]
+
+
+def start_stock_server(
+    processes: Processes,
+    python: Path,
+    model: Path,
+    blocks: str,
+    peers: Sequence[str] = (),
+    *,
+    prefix: str = PREFIX,
+    options: Sequence[str] = (),
+) -> StockServer:
+    """Start serving `blocks` ("0:4") with the published server; several can start at once.
+
+    At the end it is killed: its orderly stop takes longer than 10 s.
+    """
+    command = [python, PEER_SCRIPTS / "serve.py", model, "--prefix", prefix, "--blocks", blocks, *options]
+    if peers:
+        command += ["--peers", *peers]
+    process = processes.start(f"stock-{blocks.replace(':', '-')}", command, env=ONE_THREAD, grace=0)
+    return StockServer(process, blocks)
+
+
+def stock_generate(
+    processes: Processes, python: Path, model: Path, peers: Sequence[str], *options: str, prefix: str = PREFIX
+) -> dict[str, Any]:
+    """Run the published client (generate.py) to its end and return its JSON; a difference under --check fails."""
+    command = [python, PEER_SCRIPTS / "generate.py", model, "--prefix", prefix, "--peers", *peers, *options]
+    process = processes.run("stock-client", command, timeout=110, env=ONE_THREAD)
+    results = process.events()
+    assert process.returncode == 0 and results, f"the published client failed\n{process.output()}"
+    return results[-1]
