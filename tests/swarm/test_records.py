@@ -19,6 +19,8 @@ from harness.swarm import peer_python
 from petals_agent.p2p import light
 from petals_agent.swarm.records import MAX_TEXT, ModelRecord, ServerInfo, ServerState
 
+from .strategies import anything
+
 light.install(without_torch=False)
 
 from hivemind.utils.serializer import MSGPackSerializer  # noqa: E402
@@ -159,24 +161,6 @@ def test_published_petals_agrees() -> None:
     assert verdicts["full"] == MSGPackSerializer.dumps(FULL.to_value()).hex()  # written back byte for byte
 
 
-# What msgpack can carry, biased towards the shape of a record
-scalars = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(2**63), 2**64 - 1),
-    st.floats(),
-    st.text(max_size=20),
-    st.binary(max_size=20),
-)
-anything = st.recursive(
-    scalars,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4),
-        st.lists(inner, max_size=4).map(tuple),
-        st.dictionaries(st.one_of(st.text(max_size=8), st.integers()), inner, max_size=4),
-    ),
-    max_leaves=12,
-)
 field_names = [f.name for f in dataclasses.fields(ServerInfo)[2:]]
 almost = st.tuples(
     st.one_of(st.integers(0, 2), anything),
