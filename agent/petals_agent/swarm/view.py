@@ -138,14 +138,17 @@ class SwarmView:
                 counts[block] += 1
         return counts
 
-    def throughput(self, min_state: ServerState = ServerState.JOINING) -> list[float]:
-        """For each block, the sum of its servers' throughput in tokens/s."""
+    def throughput(
+        self, min_state: ServerState = ServerState.JOINING, *, without: str | None = None
+    ) -> list[float]:
+        """For each block, the sum of its servers' throughput in tokens/s; the peer `without` is left out."""
         sums = [0.0] * self.num_blocks
         for span in self.spans(
             min_state
         ):  # in peer order, so that everyone gets the same sum to the last bit
-            for block in range(span.start, span.end):
-                sums[block] += span.info.throughput
+            if span.peer_id != without:
+                for block in range(span.start, span.end):
+                    sums[block] += span.info.throughput
         return sums
 
 

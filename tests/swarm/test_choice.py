@@ -1,0 +1,54 @@
+"""Block choice equals the rule of the protocol, worked out by hand and by brute force."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petals_agent.swarm.choice import choose_best_start, choose_span
+from petals_agent.swarm.records import ServerState
+
+from .test_view import A, B, C, info, view
+
+
+@pytest.mark.parametrize(
+    ("throughput", "length", "start"),
+    [
+        ([0.0] * 8, 3, 0),  # empty swarm: the first
+        ([5.0] * 8, 3, 0),  # a tie: the smallest start
+        ([1.0, 1.0, 0.0, 0.0, 1.0, 1.0], 2, 2),
+        ([9.0, 1.0, 9.0, 2.0, 1.0, 9.0], 2, 3),  # both hold a 1: then the second weakest decides
+        ([3.0, 0.0, 3.0, 3.0], 4, 0),
+        ([0.0, 4.0, 1.0, 1.0], 2, 0),  # the weakest block counts before the sum
+    ],
+)
+def test_by_hand(throughput: list[float], length: int, start: int) -> None:
+    assert choose_best_start(throughput, length) == start
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 7.0]), min_size=1, max_size=12), st.data())
+def test_no_other_start_is_better(throughput: list[float], data: st.DataObject) -> None:
+    length = data.draw(st.integers(1, len(throughput)))
+    best = choose_best_start(throughput, length)
+    chosen = sorted(throughput[best : best + length])
+    for start in range(len(throughput) - length + 1):
+        other = sorted(throughput[start : start + length])
+        assert other > chosen or (other == chosen and start >= best)
+
+
+@pytest.mark.parametrize("length", [0, 9, -1])
+def test_a_span_that_does_not_fit(length: int) -> None:
+    with pytest.raises(ValueError, match="model of 8"):
+        choose_best_start([1.0] * 8, length)
+
+
+def test_joining_servers_count_and_an_own_record_does_not() -> None:
+    seen = view(
+        (A, range(0, 4), info(ServerState.JOINING)),
+        (B, range(4, 6), info()),
+        (C, range(6, 8), info(ServerState.OFFLINE)),
+    )
+    assert choose_span(seen, 2) == (6, 8)
+    assert choose_span(seen, 4) == (4, 8)
+    assert choose_span(seen, 4, own_peer=A) == (0, 4)
