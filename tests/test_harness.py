@@ -44,7 +44,7 @@ def test_stubborn_process_is_killed_after_its_grace(tmp_path: Path) -> None:
 
 def test_early_end_is_reported_with_its_words(processes: Processes) -> None:
     child = processes.start("broken", [sys.executable, "-c", "raise SystemExit('no such model')"])
-    with pytest.raises(AssertionError, match="(?s)broken ended with 1.*no such model"):
+    with pytest.raises(AssertionError, match=r"(?s)broken ended with 1.*no such model"):
         child.wait_event("online", 20)
 
 

@@ -1,19 +1,22 @@
-"""Start the members of a test swarm: a bootstrap node, published Petals servers, the published client."""
+"""Start the members of a test swarm: a bootstrap node, our servers, published Petals servers and client."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.processes import Process, Processes
+from harness.processes import Process, Processes, wait_until
 
 TESTS = Path(__file__).resolve().parent.parent
 PEER_SCRIPTS = TESTS / "interop" / "peer"
 PREFIX = "tiny"  # the DHT prefix of the test model
+PETALS_AGENT = [str(Path(sys.executable).with_name("petals-agent"))]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -71,6 +74,74 @@ def start_stock_server(
         command += ["--peers", *peers]
     process = processes.start(f"stock-{blocks.replace(':', '-')}", command, env=ONE_THREAD, grace=0)
     return StockServer(process, blocks)
+
+
+AGENT_CONFIG = """
+[model]
+path = "{model}"
+dht_prefix = "{prefix}"
+dtype = "float32"
+[swarm]
+initial_peers = {peers}
+listen = ["/ip4/127.0.0.1/tcp/0"]
+identity = "state/id.key"
+update_period = 30
+[serve]
+blocks = "{blocks}"
+device = "cpu"
+throughput = 1.0
+[balance]
+enabled = false
+[control]
+socket = "run/control.sock"
+"""
+
+
+@dataclass
+class AgentServer:
+    """A `petals-agent run`, possibly still starting."""
+
+    process: Process
+    config: Path
+
+    def status(self) -> dict[str, Any]:
+        """What `petals-agent status --json` says; empty while it does not answer."""
+        command = [*PETALS_AGENT, "status", "--json", "--config", str(self.config)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
+        return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
+
+    def wait_online(self, timeout: float = 60) -> AgentServer:
+        """Wait until it says that it is online; fails with its output if it ends or takes longer."""
+
+        def online() -> bool:
+            code = self.process.returncode
+            assert code is None, f"{self.process.name} ended with {code}\n{self.process.output()}"
+            return self.status().get("state") == "online"
+
+        try:
+            wait_until(online, timeout, f"{self.process.name} to be online")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.process.output()}") from None
+        return self
+
+
+def start_agent(
+    processes: Processes,
+    folder: Path,
+    model: Path,
+    blocks: str,
+    peers: Sequence[str] = (),
+    *,
+    prefix: str = PREFIX,
+) -> AgentServer:
+    """Write the configuration of a private swarm's server into `folder` and start serving `blocks`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "petals-agent.toml"
+    config.write_text(
+        AGENT_CONFIG.format(model=model, prefix=prefix, peers=json.dumps(list(peers)), blocks=blocks)
+    )
+    process = processes.start(f"agent-{blocks.replace(':', '-')}", [*PETALS_AGENT, "run", "--config", config])
+    return AgentServer(process, config)
 
 
 def stock_generate(
