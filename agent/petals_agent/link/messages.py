@@ -20,6 +20,7 @@ class Inspect(_Message):
     """Open the model (config and index, no weights) and say what this host can hold of it."""
 
     type: Literal["inspect"] = "inspect"
+    config: str  # the whole configuration as the agent read it, JSON
 
 
 class Load(_Message):
@@ -115,14 +116,14 @@ class Beat(_Message):
 
     type: Literal["beat"] = "beat"
     loop_lag_s: float
-    progress: int
-    queued: int
-    sessions: int
-    in_flight: int
-    cache_units_left: int
-    tokens: int
-    requests: int
-    batch_rows: float
+    progress: int = 0
+    queued: int = 0
+    sessions: int = 0
+    in_flight: int = 0
+    cache_units_left: int = 0
+    tokens: int = 0
+    requests: int = 0
+    batch_rows: float = 0.0
 
 
 class Drained(_Message):

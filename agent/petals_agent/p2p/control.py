@@ -89,7 +89,9 @@ async def add_stream_handlers(daemon: str, listen_path: str, names: Sequence[str
             daemon,
             p2pd_pb2.Request(
                 type=p2pd_pb2.Request.STREAM_HANDLER,
-                streamHandler=p2pd_pb2.StreamHandlerRequest(addr=unix_maddr_bytes(listen_path), proto=[name]),
+                streamHandler=p2pd_pb2.StreamHandlerRequest(
+                    addr=unix_maddr_bytes(listen_path), proto=[name], balanced=False
+                ),
             ),
         )
 

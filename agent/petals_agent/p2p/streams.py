@@ -17,6 +17,7 @@ import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 from petals_agent.p2p import control
 
@@ -53,8 +54,7 @@ class Stream(asyncio.Protocol):
     # --- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
         self._server.streams.add(self)
 
     def data_received(self, data: bytes) -> None:
@@ -95,6 +95,17 @@ class Stream(asyncio.Protocol):
             self._transport.resume_reading()
             self._split_messages()
         return body
+
+    @property
+    def ready(self) -> bool:
+        """Whether `receive` would return at once."""
+        return bool(self._pending) or self._ended or self.gone
+
+    def inject(self, body: bytes) -> None:
+        """Queue a request that came another way (a push); dropped when too many wait already."""
+        if len(self._pending) < _PENDING_MESSAGES:
+            self._pending.append(body)
+            self._wake()
 
     async def send(self, body: bytes) -> None:
         """Write one response; waits while the caller reads slower than we write."""

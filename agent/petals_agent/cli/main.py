@@ -1,0 +1,145 @@
+"""The command `petals-agent`: parse the command line, call the part that does the work, turn errors into exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from petals_agent import __version__
+from petals_agent.errors import AgentError
+
+app = typer.Typer(
+    name="petals-agent",
+    help="Serve transformer blocks in a Petals swarm, and look after them.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="Configuration file; default: see `petals-agent config show`.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one key, e.g. --set serve.blocks=0:4; may be repeated.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"petals-agent {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def run(config: ConfigOption = None, set_: SetOption = None) -> None:
+    """Join the swarm and serve until stopped (this is what the systemd unit runs)."""
+    from petals_agent.cli.settings import configured
+    from petals_agent.log import setup
+    from petals_agent.supervisor.agent import Agent
+
+    settings = configured(config, set_)
+    setup(settings.log.level, settings.log.format)
+    Agent(settings).run()
+
+
+@app.command()
+def status(
+    config: ConfigOption = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until Ctrl-C.")] = False,
+) -> None:
+    """What the running agent does: state, blocks, sessions, cache, tokens/s, last events."""
+    from petals_agent.cli.settings import configured
+    from petals_agent.cli.status_view import print_status
+    from petals_agent.supervisor.control import ask
+
+    socket = configured(config, None).control.socket
+
+    def snapshot() -> dict[str, object]:
+        import asyncio
+
+        result: dict[str, object] = asyncio.run(ask(socket, {"do": "status"}))
+        return result
+
+    if not watch:
+        if json_:
+            typer.echo(json.dumps(snapshot(), indent=2))
+        else:
+            print_status(snapshot())
+        return
+    while True:
+        if json_:
+            typer.echo(json.dumps(snapshot()))
+        else:
+            print_status(snapshot(), clear=True)
+        time.sleep(1.0)
+
+
+@app.command()
+def bootstrap(
+    listen: Annotated[
+        list[str] | None, typer.Option("--listen", help="Multiaddress to listen on; may be repeated.")
+    ] = None,
+    announce: Annotated[
+        list[str] | None, typer.Option("--announce", help="Multiaddress that others shall dial; may be repeated.")
+    ] = None,
+    initial_peers: Annotated[
+        list[str] | None, typer.Option("--initial-peers", help="Another entry node to join; may be repeated.")
+    ] = None,
+    identity: Annotated[
+        Path | None, typer.Option("--identity", help="Key file, made if missing; keeps the address over restarts.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the addresses as one JSON object.")] = False,
+) -> None:
+    """Run a swarm's entry node: light, no model; prints the addresses that others join by."""
+    import asyncio
+    import os
+
+    from petals_agent.config.places import places
+    from petals_agent.log import setup
+    from petals_agent.supervisor.bootstrap import bootstrap as serve
+
+    setup("info", "auto")
+    folders = places(os.environ)
+
+    def ready(maddrs: Sequence[str]) -> None:
+        if json_:
+            typer.echo(json.dumps({"maddrs": list(maddrs)}))
+            return
+        typer.echo("This swarm can be joined at:")
+        for maddr in maddrs:
+            typer.echo(f"  {maddr}")
+
+    folders.runtime.mkdir(parents=True, exist_ok=True)
+    asyncio.run(
+        serve(
+            identity or folders.state / "bootstrap.key",
+            listen or ["/ip4/0.0.0.0/tcp/31337", "/ip6/::/tcp/31337"],
+            announce or [],
+            initial_peers or [],
+            folders.runtime,
+            ready,
+        )
+    )
+
+
+def main() -> None:
+    """Entry point; AgentErrors become one line on stderr and their exit code."""
+    try:
+        app()
+    except AgentError as error:
+        typer.echo(f"petals-agent: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

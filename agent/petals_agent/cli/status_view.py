@@ -1,0 +1,51 @@
+"""`petals-agent status` for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_COLOURS = {"online": "green", "joining": "yellow", "starting": "yellow", "recovering": "red"}
+
+
+def print_status(status: Mapping[str, Any], clear: bool = False) -> None:
+    """A short table; colours only on a terminal."""
+    console = Console(highlight=False)
+    if clear:
+        console.clear()
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    state = str(status["state"])
+    colour = _COLOURS.get(state, "white")
+    table.add_row("state", f"[{colour}]{state}[/] for {_duration(status['since'])}, up {_duration(status['uptime'])}")
+    span = f"{status['blocks']} of {status['num_blocks']}" if status["blocks"] else "not chosen yet"
+    table.add_row("model", f"{status['model']} ({status['dht_prefix'] or 'prefix not known yet'})")
+    table.add_row("blocks", span + (f" — {status['loading']}" if status["loading"] else ""))
+    if status["announced"]:
+        table.add_row("announced", f"{status['announced']}, {_duration(status['announced_ago'])} ago")
+    table.add_row("network", str(status["network"]))
+    table.add_row("peer id", str(status["peer_id"]))
+    table.add_row("sessions", f"{status['sessions']} open, {status['in_flight']} requests in flight")
+    used = status["cache_used"]
+    table.add_row("cache", "—" if used is None else f"{used:.0%} used")
+    table.add_row("served", f"{status['tokens']} tokens, {status['tokens_per_s']:.0f} tokens/s now")
+    table.add_row("engine", f"{status['backend'] or '—'} on {status['device'] or '—'}, {status['dtype'] or '—'}")
+    restarts = status["restarts"]
+    table.add_row("restarts", f"container {restarts['container']}, p2pd {restarts['p2pd']}")
+    console.print(table)
+    for event in status["events"]:
+        moment = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+        console.print(f"  {moment}  {event['name']}: {event['text']}", markup=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,157 @@
+"""From the configuration to a server of blocks: model, device, dtype, backend, limits, cache, throughput."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from petals_agent import __version__
+from petals_agent.config.schema import Config
+from petals_agent.container.throughput import RateCache, Rates, rates
+from petals_agent.engine.backend import Backend
+from petals_agent.engine.engine import Engine
+from petals_agent.errors import ConfigError
+from petals_agent.link import messages
+from petals_agent.models.backends import load_backend
+from petals_agent.models.facts import ModelFacts
+from petals_agent.models.source import ModelSource, Progress, open_model
+from petals_agent.serving.admission import CacheLedger
+from petals_agent.serving.limits import Limits
+from petals_agent.serving.push import PushTable
+from petals_agent.serving.server import BlockServer
+from petals_agent.serving.wire import COMPRESSIONS
+
+OnProgress = Callable[[str, int, int], None]
+# Petals' defaults with and without grouped attention (protocol.md §9.6, §9.7)
+_GROUPED_CACHE_TOKENS, _CACHE_TOKENS = 16384, 4096
+_GROUPED_LENGTH, _LENGTH = 8192, 2048
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The configured model on this host."""
+
+    config: Config
+    source: ModelSource
+    facts: ModelFacts
+    device: torch.device
+    dtype: str
+
+    @classmethod
+    def open(cls, config: Config, progress: OnProgress) -> ServedModel:
+        """Read config and headers, no weights. Raises ModelError or ConfigError."""
+        model = config.model
+        token = model.token_file.read_text().strip() if model.token_file is not None else None
+        source = open_model(
+            model.path,
+            model.revision,
+            model.cache_dir,
+            token,
+            None if model.max_disk == "unlimited" else model.max_disk,
+            lambda p: progress(f"downloading {p.file}", p.done, p.total),
+        )
+        device = _device(config.serve.device)
+        return cls(config, source, source.facts, device, _dtype(model.dtype, source.facts.dtype, device))
+
+    @property
+    def prefix(self) -> str:
+        configured = self.config.model.dht_prefix
+        if configured != "auto":
+            return configured
+        if self.facts.dht_prefix is None:
+            raise ConfigError("model.dht_prefix must be set for a model in a folder, since it has no repository name")
+        return self.facts.dht_prefix
+
+    @property
+    def cache_tokens(self) -> int:
+        """KV cache in tokens per block."""
+        configured = self.config.serve.cache_tokens
+        if configured != "auto":
+            return configured
+        return _GROUPED_CACHE_TOKENS if self._grouped else _CACHE_TOKENS
+
+    @property
+    def _grouped(self) -> bool:
+        return self.facts.num_kv_heads < self.facts.num_heads
+
+    def inspect(self) -> messages.Inspected:
+        """What the agent needs to choose blocks."""
+        facts = self.facts
+        return messages.Inspected(
+            model_type=facts.model_type,
+            num_blocks=facts.num_blocks,
+            hidden_size=facts.hidden_size,
+            dht_prefix=self.prefix,
+            repository=facts.repository,
+            fit_blocks=facts.num_blocks,
+            dtype=self.dtype,
+            device=str(self.device),
+        )
+
+    def load(self, start: int, end: int, progress: OnProgress) -> tuple[Backend, Rates]:
+        """Blocks [start, end) in memory, checked, and what they can do per second. Raises ModelError."""
+
+        def fetched(p: Progress) -> None:
+            progress(f"downloading {p.file}", p.done, p.total)
+
+        backend = load_backend(
+            self.source, start, end, getattr(torch, self.dtype), self.device, fetched, self.config.state_dir
+        )
+        configured = self.config.serve.throughput
+        if not isinstance(configured, str):
+            return backend, Rates(float(configured))
+        progress("measuring throughput", 0, 1)
+        cache = RateCache(self.config.state_dir / "throughput.json")
+        name = f"{self.source.name}@{self.facts.revision}"
+        return backend, rates(backend, end - start, name, __version__, cache, anew=configured == "measure")
+
+    def server(self, backend: Backend, start: int, end: int) -> BlockServer:
+        """The server of these blocks; its engine is not started yet."""
+        serve = self.config.serve
+        length = _GROUPED_LENGTH if self._grouped else _LENGTH
+        limits = Limits(
+            inference_max_length=_or(serve.inference_max_length, length),
+            max_batch_tokens=_or(serve.max_batch_size, length),
+            max_sessions=serve.max_sessions,
+            request_timeout=serve.request_timeout,
+            session_timeout=serve.session_timeout,
+            step_timeout=serve.step_timeout,
+            max_alloc_timeout=serve.max_alloc_timeout,
+        )
+        return BlockServer(
+            engine=Engine(backend),
+            prefix=self.prefix,
+            start=start,
+            end=end,
+            ledger=CacheLedger(2 * self.cache_tokens * (end - start)),
+            pushes=PushTable(),
+            limits=limits,
+            compression=COMPRESSIONS[serve.compression.upper()],
+            version=__version__,
+        )
+
+
+def _or(configured: Any, default: int) -> int:
+    return default if configured == "auto" else int(configured)
+
+
+def _device(configured: str) -> torch.device:
+    if configured == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(configured)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(
+            f'serve.device = "{configured}" is not there: torch sees {torch.cuda.device_count()} CUDA devices; '
+            'check the driver (nvidia-smi), or set "cpu"'
+        )
+    return device
+
+
+def _dtype(configured: str, of_model: str, device: torch.device) -> str:
+    """As Petals: "auto" is the checkpoint's dtype, but bfloat16 for float32; float16 does not compute on a CPU."""
+    if configured == "auto":
+        return "float16" if of_model == "float16" and device.type != "cpu" else "bfloat16"
+    return configured

@@ -1,0 +1,203 @@
+"""The container process: obeys the agent over the link, serves blocks on its p2pd, and reports facts once a second."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import faulthandler
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import uvloop
+
+from petals_agent import __version__
+from petals_agent.config import config_from
+from petals_agent.container.loading import ServedModel
+from petals_agent.errors import AgentError, ContainerError
+from petals_agent.link import messages
+from petals_agent.link.channel import Channel
+from petals_agent.p2p.attachment import Attachment
+from petals_agent.p2p.streams import StreamServer
+from petals_agent.serving.handlers import stream_handlers, unary_handlers
+from petals_agent.serving.server import BlockServer
+
+log = logging.getLogger("petals_agent.container")
+
+BEAT_PERIOD_S = 1.0
+Incoming = messages.Inspect | messages.Load | messages.Attach | messages.Drain | messages.Stop
+
+
+class Container:
+    """State of the process; every message of the agent has one method here."""
+
+    def __init__(self, channel: Channel[Incoming], socket_dir: Path) -> None:
+        self._channel = channel
+        self._socket_dir = socket_dir
+        self._model: ServedModel | None = None
+        self._server: BlockServer | None = None
+        self._streams: StreamServer | None = None
+
+    async def run(self) -> None:
+        """Until the agent says stop or is gone."""
+        self._channel.send(messages.Hello(package=__version__, pid=os.getpid()))
+        beats = asyncio.create_task(self._beat(), name="beat")
+        try:
+            while (message := await self._channel.receive()) is not None:
+                if isinstance(message, messages.Stop):
+                    return
+                await self._obey(message)
+        finally:
+            beats.cancel()
+            await self._close()
+
+    async def _obey(self, message: Incoming) -> None:
+        doing: Callable[[], Awaitable[None]]
+        match message:
+            case messages.Inspect():
+                doing = lambda: self._inspect(message)  # noqa: E731
+            case messages.Load():
+                doing = lambda: self._load(message)  # noqa: E731
+            case messages.Attach():
+                doing = lambda: self._attach(message)  # noqa: E731
+            case messages.Drain():
+                doing = lambda: self._drain(message)  # noqa: E731
+            case _:
+                raise ContainerError(f"no method for message {message.type!r}")
+        try:
+            await doing()
+        except Exception as error:
+            known = isinstance(error, AgentError)
+            if not known:
+                log.exception("%s failed", message.type)
+            self._channel.send(
+                messages.Failed(
+                    doing=message.type,
+                    code=error.code if isinstance(error, AgentError) else "internal",
+                    exit_code=error.exit_code if isinstance(error, AgentError) else 70,
+                    message=str(error) if known else f"{type(error).__name__}: {error}",
+                )
+            )
+
+    async def _inspect(self, message: messages.Inspect) -> None:
+        config = config_from(json.loads(message.config))
+        self._model = await asyncio.to_thread(ServedModel.open, config, self._progress())
+        self._channel.send(await asyncio.to_thread(self._model.inspect))
+
+    async def _load(self, message: messages.Load) -> None:
+        if self._model is None:
+            raise ContainerError("load came before inspect")
+        started = time.monotonic()
+        backend, rates = await asyncio.to_thread(self._model.load, message.start, message.end, self._progress())
+        self._server = self._model.server(backend, message.start, message.end)
+        self._server.engine.start()
+        hidden, blocks = backend.hidden_size, self._server.blocks
+        self._streams = StreamServer(
+            stream_handlers(self._server), self._server.limits.message_bytes(hidden, blocks), self._socket_dir
+        )
+        await self._streams.start()
+        self._channel.send(
+            messages.Loaded(
+                start=message.start,
+                end=message.end,
+                backend=backend.name,
+                throughput=rates.throughput,
+                network_rps=rates.network_rps,
+                forward_rps=rates.forward_rps,
+                inference_rps=rates.inference_rps,
+                cache_units=self._server.ledger.capacity,
+                load_s=time.monotonic() - started,
+            )
+        )
+
+    async def _attach(self, message: messages.Attach) -> None:
+        server, streams = self._server, self._streams
+        if server is None or streams is None:
+            raise ContainerError("attach came before load")
+        if server.attachment is not None:
+            await server.attachment.close()
+            server.attachment = None
+        server.client_mode = message.client_mode
+        server.attachment = await Attachment.open(message.daemon, unary_handlers(server), streams)
+        names = [*unary_handlers(server), *stream_handlers(server)]
+        self._channel.send(messages.Attached(listen_path=streams.path, names=names))
+
+    async def _drain(self, message: messages.Drain) -> None:
+        left = await self._server.drain(message.timeout) if self._server is not None else 0
+        self._channel.send(messages.Drained(in_flight=left))
+
+    def _progress(self) -> Callable[[str, int, int], None]:
+        """A callback that any thread may call: text, done, total."""
+        loop = asyncio.get_running_loop()
+
+        def report(text: str, done: int, total: int) -> None:
+            message = messages.Progress(text=text, done=done, total=total)
+            loop.call_soon_threadsafe(self._channel.send, message)
+
+        return report
+
+    async def _beat(self) -> None:
+        due = time.monotonic() + BEAT_PERIOD_S
+        while True:
+            await asyncio.sleep(max(due - time.monotonic(), 0.0))
+            now = time.monotonic()
+            self._channel.send(self._facts(lag=now - due))
+            due = now + BEAT_PERIOD_S
+
+    def _facts(self, lag: float) -> messages.Beat:
+        server = self._server
+        if server is None:
+            return messages.Beat(loop_lag_s=lag)
+        stats = server.engine.stats
+        return messages.Beat(
+            loop_lag_s=lag,
+            progress=stats.progress,
+            queued=server.engine.queued,
+            sessions=server.sessions,
+            in_flight=server.in_flight,
+            cache_units_left=server.ledger.left,
+            tokens=stats.tokens,
+            requests=server.requests,
+            batch_rows=stats.batch_rows / stats.batches if stats.batches else 0.0,
+        )
+
+    async def _close(self) -> None:
+        if self._streams is not None:
+            await self._streams.stop()
+        if self._server is not None:
+            if self._server.attachment is not None:
+                await self._server.attachment.close()
+            self._server.engine.stop(timeout=1.0)
+
+
+async def _serve(link: socket.socket, socket_dir: Path) -> None:
+    await Container(await Channel.open(link, messages.TO_CONTAINER), socket_dir).run()
+
+
+def main() -> None:
+    """Entry point; started by the agent with an inherited socket."""
+    faulthandler.enable()
+    parser = argparse.ArgumentParser(prog="petals-agent-container", description=__doc__)
+    parser.add_argument("--link-fd", type=int, required=True, help="inherited socketpair end to the agent")
+    parser.add_argument("--socket-dir", type=Path, required=True)
+    parser.add_argument("--log-level", default="INFO")
+    arguments = parser.parse_args()
+    logging.basicConfig(
+        level=arguments.log_level, stream=sys.stderr, format="%(levelname)s container %(name)s: %(message)s"
+    )
+    # the agent decides when we end: an interactive Ctrl-C reaches the whole process group
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    uvloop.run(_serve(socket.socket(fileno=arguments.link_fd), arguments.socket_dir))
+    # daemon threads of torch must not hold up the exit
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

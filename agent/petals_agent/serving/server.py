@@ -1,0 +1,94 @@
+"""The span that is served: which blocks, with which engine, limits and cache; what all RPC handlers share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from petals_agent.engine.engine import Engine
+from petals_agent.errors import Refused, RequestError
+from petals_agent.serving.admission import CacheLedger
+from petals_agent.serving.limits import Limits
+from petals_agent.serving.wire import NONE
+from petals_agent.swarm.uids import block_uid, parse_chain
+
+if TYPE_CHECKING:
+    from petals_agent.p2p.attachment import Attachment
+    from petals_agent.serving.push import PushTable
+
+
+@dataclass(eq=False)
+class BlockServer:
+    """Blocks [start, end) of the model `prefix`, absolute numbers."""
+
+    engine: Engine
+    prefix: str
+    start: int
+    end: int
+    ledger: CacheLedger
+    pushes: PushTable
+    limits: Limits = field(default_factory=Limits)
+    compression: int = NONE
+    version: str = ""
+    client_mode: bool = False
+    attachment: Attachment | None = None
+    sessions: int = 0
+    requests: int = 0  # answered, all kinds
+    in_flight: int = 0  # steps and calls that are being worked on
+    _draining: bool = False
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def blocks(self) -> int:
+        return self.end - self.start
+
+    def chain(self, uid: str) -> tuple[int, int]:
+        """Block range, counted from the start of our span, that a chain of uids names.
+
+        Raises RequestError when a block is not served here or they are not adjacent and ascending.
+        """
+        blocks = parse_chain(uid, self.prefix, self.blocks)
+        for block in blocks:
+            if not self.start <= block < self.end:
+                raise RequestError(
+                    f"Remote peer does not serve {block_uid(self.prefix, block)}; it serves blocks {self.start}:{self.end}"
+                )
+        first, last = blocks[0], blocks[-1]
+        if blocks != tuple(range(first, last + 1)):
+            raise RequestError(f"the chain {list(blocks)[:8]}… jumps; send adjacent blocks in ascending order")
+        return first - self.start, last + 1 - self.start
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Around each step and call: counted, so that a drain can wait; refused while draining."""
+        if self._draining:
+            raise Refused("this server is leaving: open a new session at another one")
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            self.requests += 1
+            if self.in_flight == 0:
+                self._idle.set()
+
+    async def drain(self, timeout: float | None) -> int:
+        """Refuse what is new and wait for what is in flight; returns how many are still unanswered after `timeout` s."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout):
+                while self.in_flight:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            pass
+        return self.in_flight
+
+
+def check_adapter(name: str | None) -> None:
+    """Adapters are not loaded by this version; say so rather than compute without."""
+    if name:
+        raise RequestError(f"adapter {name!r} not found: this server has loaded no adapters")

@@ -1,0 +1,180 @@
+"""The agent's side of one container: started, spoken to, and known to be dead the moment it is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from petals_agent import __version__
+from petals_agent.errors import AgentError, ConfigError, ContainerError, ModelError
+from petals_agent.link import messages
+from petals_agent.link.channel import Channel
+from petals_agent.processes import end_child, start_child
+
+log = logging.getLogger("petals_agent.container")
+
+Outgoing = messages.Inspect | messages.Load | messages.Attach | messages.Drain | messages.Stop
+Incoming = (
+    messages.Hello
+    | messages.Inspected
+    | messages.Progress
+    | messages.Loaded
+    | messages.Attached
+    | messages.Beat
+    | messages.Drained
+    | messages.Failed
+)
+Answer = TypeVar("Answer", messages.Hello, messages.Inspected, messages.Loaded, messages.Attached, messages.Drained)
+
+
+class ContainerProcess:
+    """One container process from start to end. `request` sends a message and waits for its answer."""
+
+    def __init__(self, process: asyncio.subprocess.Process, channel: Channel[Incoming]) -> None:
+        self.process = process
+        self.beat: messages.Beat | None = None
+        self.beat_at = 0.0
+        self.tokens_per_s = 0.0
+        self.started = time.monotonic()
+        self.attached: messages.Attached | None = None
+        self.on_progress: Callable[[messages.Progress], None] = lambda progress: None
+        self._channel = channel
+        self._awaited: tuple[type[Incoming], asyncio.Future[Incoming]] | None = None
+        self._hello: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
+        self._reader = asyncio.create_task(self._read(), name="container link")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @classmethod
+    async def start(cls, socket_dir: Path, log_level: str) -> ContainerProcess:
+        """Start the process; it imports torch while we go on. `hello` tells when it is there."""
+        ours, theirs = socket.socketpair()
+        try:
+            process = await start_child(
+                [
+                    sys.executable,
+                    "-m",
+                    "petals_agent.container.main",
+                    f"--link-fd={theirs.fileno()}",
+                    f"--socket-dir={socket_dir}",
+                    f"--log-level={log_level}",
+                ],
+                environment={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_cores())), "OMP_WAIT_POLICY": "PASSIVE"},
+                pass_fds=(theirs.fileno(),),
+            )
+        finally:
+            theirs.close()
+        return cls(process, await Channel.open(ours, messages.TO_AGENT))
+
+    async def hello(self, timeout: float) -> None:
+        """Wait for its first message; raises ContainerError when none comes or it is of another version."""
+        message = await self._within(self._hello, timeout, "say hello")
+        assert isinstance(message, messages.Hello)
+        if message.version != messages.VERSION or message.package != __version__:
+            raise ContainerError(
+                f"the container is petals-agent {message.package}, the agent is {__version__}; restart the agent"
+            )
+
+    async def request(self, message: Outgoing, answer: type[Answer], timeout: float | None) -> Answer:
+        """Send and wait; one request at a time.
+
+        Raises ContainerError when the process dies or does not answer in `timeout` seconds, or the error that it reports.
+        """
+        if self._awaited is not None:
+            raise ContainerError(f"{message.type} was sent before the answer to another request came")
+        future: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
+        self._awaited = (answer, future)
+        try:
+            self._channel.send(message)
+            result = await self._within(future, timeout, message.type)
+        finally:
+            self._awaited = None
+        if isinstance(result, messages.Attached):
+            self.attached = result
+        assert isinstance(result, answer)
+        return result
+
+    async def _within(self, future: asyncio.Future[Incoming], timeout: float | None, doing: str) -> Incoming:
+        ended = asyncio.ensure_future(self.process.wait())
+        try:
+            await asyncio.wait({future, ended}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if future.done():
+                return future.result()
+            if ended.done():
+                raise ContainerError(f"the container ended ({describe_exit(ended.result())}) before it could {doing}")
+            raise ContainerError(f"the container did not {doing} within {timeout:g} s")
+        finally:
+            ended.cancel()
+
+    async def _read(self) -> None:
+        try:
+            while (message := await self._channel.receive()) is not None:
+                self._take(message)
+        except ContainerError as error:
+            log.error("%s; ending it", error)
+            self.kill()
+
+    def _take(self, message: Incoming) -> None:
+        if isinstance(message, messages.Beat):
+            now = time.monotonic()
+            if self.beat is not None and now > self.beat_at:
+                self.tokens_per_s = (message.tokens - self.beat.tokens) / (now - self.beat_at)
+            self.beat, self.beat_at = message, now
+        elif isinstance(message, messages.Progress):
+            self.on_progress(message)
+        elif isinstance(message, messages.Hello):
+            if not self._hello.done():
+                self._hello.set_result(message)
+        elif self._awaited is not None and not self._awaited[1].done():
+            expected, future = self._awaited
+            if isinstance(message, messages.Failed):
+                future.set_exception(_error(message))
+            elif isinstance(message, expected):
+                future.set_result(message)
+
+    async def wait(self) -> str:
+        """Until the process ends; says how it ended."""
+        return describe_exit(await self.process.wait())
+
+    def kill(self) -> None:
+        """SIGKILL, e.g. because it hangs."""
+        if self.process.returncode is None:
+            self.process.kill()
+
+    async def stop(self, grace: float) -> None:
+        """Ask it to end, and kill it after `grace` seconds."""
+        self._channel.send(messages.Stop())
+        try:
+            await asyncio.wait_for(self.process.wait(), grace)
+        except asyncio.TimeoutError:
+            self.kill()
+            await end_child(self.process, 0.0)
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        self._channel.close()
+
+
+def describe_exit(status: int) -> str:
+    """`killed by signal 9` or `exit status 3`."""
+    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _error(message: messages.Failed) -> AgentError:
+    kinds: list[type[AgentError]] = [ConfigError, ContainerError, ModelError, *ModelError.__subclasses__()]
+    kind = next((kind for kind in kinds if kind.code == message.code), ContainerError)
+    error = kind(message.message)
+    error.exit_code = message.exit_code
+    return error

@@ -1,0 +1,62 @@
+"""The agent's life as one explicit state machine (docs: README, "States")."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+log = logging.getLogger("petals_agent.state")
+
+
+class State(enum.Enum):
+    STARTING = "starting"
+    JOINING = "joining"
+    ONLINE = "online"
+    RECOVERING = "recovering"
+    STOPPING = "stopping"
+    OFFLINE = "offline"
+
+
+ALLOWED: dict[State, frozenset[State]] = {
+    State.STARTING: frozenset({State.JOINING, State.STOPPING}),
+    State.JOINING: frozenset({State.ONLINE, State.RECOVERING, State.STOPPING}),
+    State.ONLINE: frozenset({State.RECOVERING, State.STOPPING}),
+    State.RECOVERING: frozenset({State.JOINING, State.ONLINE, State.STOPPING}),
+    State.STOPPING: frozenset({State.OFFLINE}),
+    State.OFFLINE: frozenset(),
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of the agent's story, for `status` and the log."""
+
+    time: float  # unix seconds
+    name: str
+    text: str
+
+
+@dataclass
+class Life:
+    """Present state, since when, and the last events."""
+
+    state: State = State.STARTING
+    since: float = field(default_factory=time.time)
+    events: deque[Event] = field(default_factory=lambda: deque(maxlen=50))
+
+    def enter(self, state: State, why: str) -> None:
+        """Move to `state`; staying is no event. Raises ValueError on a transition that makes no sense."""
+        if state is self.state:
+            return
+        if state not in ALLOWED[self.state]:
+            raise ValueError(f"{self.state.value} → {state.value} is no transition ({why})")
+        self.note("state", f"{self.state.value} → {state.value}: {why}")
+        self.state, self.since = state, time.time()
+
+    def note(self, name: str, text: str) -> None:
+        """Remember and log an event."""
+        self.events.append(Event(time.time(), name, text))
+        log.info("%s: %s", name, text)
