@@ -229,15 +229,19 @@ def ensure(kind: str, folder: Path, mode: str) -> None:
 
     if finished():
         return
-    lock = os.open(ROOT / "packaging", os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process
-    if finished():
-        return
-    venv.stamp.unlink(missing_ok=True)
-    if not same_python(venv):
-        venv.create()
-    {"agent": fill_agent, "peer": fill_peer}[kind](venv, mode)
-    venv.stamp.write_text(want)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if finished():
+            return
+        venv.stamp.unlink(missing_ok=True)
+        if not same_python(venv):
+            venv.create()
+        {"agent": fill_agent, "peer": fill_peer}[kind](venv, mode)
+        venv.stamp.write_text(want)
+    finally:
+        os.close(lock)
     say(f"{folder.name} is ready ({time.monotonic() - start:.0f} s), with torch {venv.installed_torch()}")
 
 
