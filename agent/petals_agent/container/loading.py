@@ -10,12 +10,12 @@ import torch
 
 from petals_agent import __version__
 from petals_agent.config.schema import Config
+from petals_agent.container.backends import SpanRequest, load_backend
 from petals_agent.container.throughput import RateCache, Rates, rates
 from petals_agent.engine.backend import Backend
 from petals_agent.engine.engine import Engine
 from petals_agent.errors import ConfigError
 from petals_agent.link import messages
-from petals_agent.models.backends import load_backend
 from petals_agent.models.facts import ModelFacts
 from petals_agent.models.source import ModelSource, Progress, open_model
 from petals_agent.serving.admission import CacheLedger
@@ -95,11 +95,11 @@ class ServedModel:
         """Blocks [start, end) in memory, checked, and what they can do per second. Raises ModelError."""
 
         def fetched(p: Progress) -> None:
-            progress(f"downloading {p.file}", p.done, p.total)
+            progress(p.file, p.done, p.total)
 
-        backend = load_backend(
-            self.source, start, end, getattr(torch, self.dtype), self.device, fetched, self.config.state_dir
-        )
+        dtype = getattr(torch, self.dtype)
+        request = SpanRequest(self.source, start, end, dtype, self.device, fetched)
+        backend = load_backend(request, self.config.state_dir / "selfcheck.json")
         configured = self.config.serve.throughput
         if not isinstance(configured, str):
             return backend, Rates(float(configured))

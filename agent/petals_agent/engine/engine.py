@@ -186,6 +186,7 @@ class Engine:
         """What must happen once before the first token of a step: a place, the rollback, the reorder of rows."""
         session = work.session
         if session.place is None:
+            session.solo = self.backend.solo
             self._cache.open(session)
         if work.rollback_to is not None:
             session.length = work.rollback_to
@@ -234,7 +235,7 @@ class Engine:
             packed = packed.to(self.backend.device, self.backend.dtype)
             if not torch.isfinite(packed).all():
                 self._refuse_not_finite(items)
-            start, end = items[0][0].group
+            start, end = items[0][0].session.start, items[0][0].session.end
             output = self.backend.step(packed, plan, start, end, self._prompts(plan.order)).to("cpu")
         token = 0
         for work, count in plan.order:

@@ -136,27 +136,25 @@ class LeanBackend:
     """Blocks [first, …) of a Llama-like model."""
 
     name = "lean"
+    solo = False
 
-    def __init__(
-        self,
-        config: LeanConfig,
-        blocks: Sequence[Mapping[str, torch.Tensor]],
-        first: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """`blocks` maps the short names of `tensor_names` to tensors as the checkpoint has them."""
+    def __init__(self, config: LeanConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self.hidden_size = config.hidden_size
-        self.layers = [LayerShape(config.kv_heads, config.head_dim)] * len(blocks)
+        self.layers: list[LayerShape] = []
+        self._blocks: list[_Block] = []
         # Complex rotation needs the pairs (i, i + head_dim/2) side by side; a permutation of q and k alike leaves
         # their products unchanged. Complex numbers exist for float32 only.
         self._interleaved = dtype == torch.float32
-        self._blocks = [self._fuse(tensors, first + i) for i, tensors in enumerate(blocks)]
         self._frequencies = config.inverse_frequencies.to(device)
         self._angles = torch.empty(0, config.head_dim // 2, device=device)
         self._rotations = torch.empty(0, config.head_dim // 2, dtype=torch.complex64, device=device)
         self._cos = self._sin = torch.empty(0, config.head_dim, dtype=dtype, device=device)
+
+    def append(self, tensors: Mapping[str, torch.Tensor], layer: int) -> None:
+        """Add a block: short names of `tensor_names` to tensors as the checkpoint has them; `layer` is absolute."""
+        self._blocks.append(self._fuse(tensors, layer))
+        self.layers.append(LayerShape(self.config.kv_heads, self.config.head_dim))
 
     def _fuse(self, tensors: Mapping[str, torch.Tensor], layer: int) -> _Block:
         c = self.config

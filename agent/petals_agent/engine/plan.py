@@ -33,7 +33,7 @@ class AttentionRules:
 
 
 @dataclass(eq=False)
-class _Decode:
+class Decode:
     """Rows of one slab with one token each."""
 
     slab: Slab
@@ -49,9 +49,21 @@ class _Decode:
     offsets: torch.Tensor  # [n] slots - first
     masks: dict[int, torch.Tensor]  # by window
 
+    def cache(self, index: int) -> torch.Tensor:
+        """The slab's tensor of block `index` of the range."""
+        return self.slab.kv[index]
+
+    def write(self, index: int, kv: torch.Tensor) -> None:
+        """Put one token a row, [n, 2 × kv_heads, head_dim], into the cache of block `index` of the range."""
+        cache = self.slab.kv[index]
+        if len(self.slots) == 1:
+            cache[self.first, :, self.longest - 1] = kv[0]
+        else:
+            cache[self.slots, :, self.positions] = kv
+
 
 @dataclass(eq=False)
-class _Chunk:
+class Chunk:
     """One session's rows with `count` tokens each, in row-major order."""
 
     place: Place
@@ -59,7 +71,17 @@ class _Chunk:
     count: int
     start: int
     tokens: slice
-    masks: dict[int | None, torch.Tensor | None]
+    masks: dict[int | None, torch.Tensor]
+
+    def cache(self, index: int) -> torch.Tensor:
+        """These rows' part of the slab's tensor of block `index` of the range."""
+        return self.place.slab.kv[index][self.place.first : self.place.first + self.rows]
+
+    def write(self, index: int, kv: torch.Tensor) -> torch.Tensor:
+        """Put [rows, count, 2 × kv_heads, head_dim] into the cache; returns the rows' whole cache of block `index`."""
+        cache = self.cache(index)
+        cache[:, :, self.start : self.start + self.count] = kv.transpose(1, 2)
+        return cache
 
 
 class StepPlan:
@@ -71,8 +93,8 @@ class StepPlan:
         single.sort(key=lambda item: (id(item[0].session.place.slab), item[0].session.place.first))
         self.order = single + chunked
         self.dtype, self.device = dtype, device
-        self._decodes: list[_Decode] = []
-        self._chunks: list[_Chunk] = []
+        self.decodes: list[Decode] = []
+        self.chunks: list[Chunk] = []
         self.first_layer = items[0][0].session.start
         positions: list[int] = []
         token = 0
@@ -86,13 +108,13 @@ class StepPlan:
                 slots.extend(range(session.place.first, session.place.first + session.rows))
                 starts.extend([session.length] * session.rows)
                 index += 1
-            self._decodes.append(self._decode(slab, slots, starts, slice(token, token + len(slots))))
+            self.decodes.append(self._decode(slab, slots, starts, slice(token, token + len(slots))))
             positions.extend(starts)
             token += len(slots)
         for work, count in chunked:
             session = work.session
-            self._chunks.append(
-                _Chunk(session.place, session.rows, count, session.length, slice(token, token + session.rows * count), {})
+            self.chunks.append(
+                Chunk(session.place, session.rows, count, session.length, slice(token, token + session.rows * count), {})
             )
             positions.extend(list(range(session.length, session.length + count)) * session.rows)
             token += session.rows * count
@@ -100,7 +122,7 @@ class StepPlan:
         self.positions = torch.tensor(positions, device=device)
         self.longest = max(positions) + 1
 
-    def _decode(self, slab: Slab, slots: list[int], starts: list[int], tokens: slice) -> _Decode:
+    def _decode(self, slab: Slab, slots: list[int], starts: list[int], tokens: slice) -> Decode:
         first, last = slots[0], slots[-1]
         span, n = last - first + 1, len(slots)
         dense, gather = span == n, span > _SPARSE * n
@@ -113,7 +135,7 @@ class StepPlan:
             full = torch.zeros(span, longest, dtype=self.dtype, device=self.device)
             full[offsets] = mask
             mask = full
-        return _Decode(
+        return Decode(
             slab=slab,
             slots=torch.tensor(slots, device=self.device),
             first=first,
@@ -134,25 +156,22 @@ class StepPlan:
         `layer` counts from the start of our span. Returns [tokens, heads × head_dim].
         """
         index = layer - self.first_layer
-        if len(self._decodes) == 1 and not self._chunks:
-            return self._attend_decode(self._decodes[0], index, q, kv, rules)
+        if len(self.decodes) == 1 and not self.chunks:
+            return self._attend_decode(self.decodes[0], index, q, kv, rules)
         out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
-        for decode in self._decodes:
+        for decode in self.decodes:
             out[decode.tokens] = self._attend_decode(decode, index, q[decode.tokens], kv[decode.tokens], rules)
-        for chunk in self._chunks:
+        for chunk in self.chunks:
             out[chunk.tokens] = self._attend_chunk(chunk, index, q[chunk.tokens], kv[chunk.tokens], rules)
         return out
 
     def _attend_decode(
-        self, d: _Decode, index: int, q: torch.Tensor, kv: torch.Tensor, rules: AttentionRules
+        self, d: Decode, index: int, q: torch.Tensor, kv: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
         cache = d.slab.kv[index]
         n, heads, head_dim = q.shape
         kv_heads = kv.shape[1] // 2
-        if n == 1:
-            cache[d.first, :, d.longest - 1] = kv[0]
-        else:
-            cache[d.slots, :, d.positions] = kv
+        d.write(index, kv)
         q = q.reshape(n, kv_heads, heads // kv_heads, head_dim)
         if d.gather:
             seen = cache[:, :, : d.longest].index_select(0, d.slots)
@@ -173,7 +192,7 @@ class StepPlan:
             out = out[d.offsets]
         return out.reshape(n, heads * head_dim)
 
-    def _windowed(self, d: _Decode, window: int) -> torch.Tensor:
+    def _windowed(self, d: Decode, window: int) -> torch.Tensor:
         mask = d.masks.get(window)
         if mask is None:
             old = torch.arange(d.longest, device=self.device)[None] <= d.positions[:, None] - window
@@ -186,13 +205,12 @@ class StepPlan:
         return mask
 
     def _attend_chunk(
-        self, c: _Chunk, index: int, q: torch.Tensor, kv: torch.Tensor, rules: AttentionRules
+        self, c: Chunk, index: int, q: torch.Tensor, kv: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        cache = c.place.slab.kv[index][c.place.first : c.place.first + c.rows]
         heads, head_dim = q.shape[1:]
         kv_heads = kv.shape[1] // 2
         end = c.start + c.count
-        cache[:, :, c.start : end] = kv.view(c.rows, c.count, 2 * kv_heads, head_dim).transpose(1, 2)
+        cache = c.write(index, kv.view(c.rows, c.count, 2 * kv_heads, head_dim))
         keys, values = cache[:, :kv_heads, :end], cache[:, kv_heads:, :end]
         q = q.view(c.rows, c.count, heads, head_dim).transpose(1, 2)  # [rows, heads, count, head_dim]
         window = rules.window if rules.window is not None and rules.window < end else None
@@ -213,7 +231,7 @@ class StepPlan:
                 out = _manual(folded, keys, values, tiled, rules, c.count).view(c.rows, heads, c.count, head_dim)
         return out.transpose(1, 2).reshape(c.rows * c.count, heads * head_dim)
 
-    def _chunk_mask(self, c: _Chunk, end: int, window: int | None) -> torch.Tensor:
+    def _chunk_mask(self, c: Chunk, end: int, window: int | None) -> torch.Tensor:
         mask = c.masks.get(window)
         if mask is None:
             mask = causal_mask(c.start, c.count, end, window, self.dtype, self.device)

@@ -30,6 +30,8 @@ class Schedulable(Protocol):
     def remaining(self) -> int: ...
     @property
     def group(self) -> Hashable: ...
+    @property
+    def whole(self) -> bool: ...
 
 
 W = TypeVar("W", bound=Schedulable)
@@ -164,6 +166,8 @@ class Scheduler(Generic[W]):
 
     def _batch(self) -> Batch[W]:
         oldest = next(iter(self._waiting.values()))
+        if oldest.whole:
+            return Batch([(oldest, oldest.remaining)])
         mates = [work for work in self._waiting.values() if work.group == oldest.group]
         items: list[tuple[W, int]] = []
         budget = self.max_batch_tokens

@@ -25,12 +25,13 @@ class Session:
     length: int = 0  # tokens in the KV cache, per row
     written: int = 0  # positions of the cache that were ever written (a rollback lowers only `length`)
     closed: bool = False
+    solo: bool = False  # must not share a step with other sessions, nor be cut into chunks
     place: Any = None  # where the KV cache put it (kv.Place); None until the first step
 
     @property
-    def group(self) -> tuple[int, int]:
+    def group(self) -> tuple[int, ...]:
         """Sessions of one group can share a step."""
-        return self.start, self.end
+        return (self.start, self.end, self.number) if self.solo else (self.start, self.end)
 
 
 @dataclass(eq=False, slots=True)
@@ -64,5 +65,9 @@ class StepWork:
         return self.session.rows
 
     @property
-    def group(self) -> tuple[int, int]:
+    def group(self) -> tuple[int, ...]:
         return self.session.group
+
+    @property
+    def whole(self) -> bool:
+        return self.session.solo

@@ -1,0 +1,168 @@
+"""Which backend serves a span: the fastest whose outputs pass the self-check at load.
+
+lean    own forward for Llama-like blocks, checked against transformers' module of one block
+packed  transformers' modules with our attention, for families that call its AttentionInterface
+padded  transformers' modules as they are, for the rest
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from petals_agent import __version__
+from petals_agent.engine.backend import Backend
+from petals_agent.engine.lean import LeanBackend, LeanConfig, tensor_names
+from petals_agent.engine.selfcheck import error_of, passes
+from petals_agent.errors import UnsupportedModel
+from petals_agent.models.checkpoint import Checkpoint
+from petals_agent.models.source import ModelSource, OnProgress, Progress
+
+log = logging.getLogger("petals_agent.backends")
+
+
+@dataclass(frozen=True)
+class SpanRequest:
+    """What is to be loaded; block numbers absolute."""
+
+    source: ModelSource
+    start: int
+    end: int
+    dtype: torch.dtype
+    device: torch.device
+    progress: OnProgress
+
+
+def load_backend(request: SpanRequest, verdicts: Path) -> Backend:
+    """Blocks ready to run. `verdicts` is a file in which the outcome of lean's self-check is kept.
+
+    Raises ModelError: an unsupported family, a bad checkpoint, or modules that fail every check.
+    """
+    lean = _lean(request, verdicts)
+    return lean if lean is not None else _modules(request)
+
+
+# --- lean
+
+
+def _lean(request: SpanRequest, verdicts: Path) -> LeanBackend | None:
+    config = LeanConfig.read(request.source.config)
+    if config is None:
+        return None
+    key = _verdict_key(request)
+    known = _read_verdicts(verdicts).get(key)
+    if known is False:
+        return None
+    checkpoint = Checkpoint.open(
+        request.source, request.source.block_tensors(request.start, request.end), request.progress
+    )
+    if not _only_known_tensors(checkpoint, request):
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        if known is None and not _check_lean(config, checkpoint, request, verdicts, key):
+            return None
+        total = request.end - request.start
+        backend = LeanBackend(config, request.dtype, request.device)
+        for number in range(request.start, request.end):
+            backend.append(_block_tensors(checkpoint, number), number)
+            request.progress(Progress(f"block {number}", number + 1 - request.start, total))
+    return backend
+
+
+def _check_lean(
+    config: LeanConfig, checkpoint: Checkpoint, request: SpanRequest, verdicts: Path, key: str
+) -> bool:
+    """Compare the first block (and the next of another kind) with transformers' module; keep the verdict."""
+    from petals_agent.models.span import load_span
+
+    good = True
+    kinds = {config.windows[number]: number for number in reversed(range(request.start, request.end))}
+    for number in kinds.values():
+        backend = LeanBackend(config, request.dtype, request.device)
+        backend.append(_block_tensors(checkpoint, number), number)
+        span = load_span(request.source, number, number + 1, request.dtype, request.device)
+        error = error_of(backend, span, 0, 1)
+        good = good and passes(backend, span, 0, 1)
+        log.info("self-check of the lean backend, block %d: relative error %.1e", number, error)
+    _write_verdict(verdicts, key, good)
+    return good
+
+
+def _block_tensors(checkpoint: Checkpoint, number: int) -> Mapping[str, torch.Tensor]:
+    stored = checkpoint.tensors
+    return {short: stored[name].read() for short, name in tensor_names(number).items() if name in stored}
+
+
+def _only_known_tensors(checkpoint: Checkpoint, request: SpanRequest) -> bool:
+    known = {
+        name for number in range(request.start, request.end) for name in tensor_names(number).values()
+    }
+    return all(name in known or name.endswith("rotary_emb.inv_freq") for name in checkpoint.tensors)
+
+
+def _verdict_key(request: SpanRequest) -> str:
+    """All that the verdict depends on: the model's settings, dtype, device, and the code on both sides."""
+    facts = (
+        json.dumps(request.source.config, sort_keys=True, default=str),
+        str(request.dtype),
+        request.device.type,
+        __version__,
+        importlib.metadata.version("transformers"),
+        torch.__version__,
+        Path(LeanBackend.step.__code__.co_filename).read_text(),
+    )
+    return hashlib.sha256("|".join(facts).encode()).hexdigest()
+
+
+def _read_verdicts(path: Path) -> dict[str, bool]:
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in entries.items() if type(value) is bool} if isinstance(entries, dict) else {}
+
+
+def _write_verdict(path: Path, key: str, verdict: bool) -> None:
+    """Kept so that a restart need not load transformers to learn the same again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps({**_read_verdicts(path), key: verdict}, indent=1))
+        temporary.rename(path)
+    except OSError as error:
+        log.warning("the self-check's verdict could not be kept in %s: %s", path, error)
+
+
+# --- transformers' modules
+
+
+def _modules(request: SpanRequest) -> Backend:
+    from petals_agent.engine.packed import PackedBackend
+    from petals_agent.engine.padded import PaddedBackend
+    from petals_agent.models.span import load_span
+
+    span = load_span(
+        request.source, request.start, request.end, request.dtype, request.device, request.progress
+    )
+    candidates: list[type[PackedBackend] | type[PaddedBackend]] = []
+    if span.uses_interface:
+        candidates.append(PackedBackend)
+    if not getattr(span.config, "sliding_window", None):  # rows of a padded batch are not aligned to a window
+        candidates.append(PaddedBackend)
+    for candidate in candidates:
+        backend = candidate(span)
+        error = error_of(backend, backend.plain, 0, request.end - request.start)
+        log.info("self-check of the %s backend: relative error %.1e", backend.name, error)
+        if passes(backend, backend.plain, 0, request.end - request.start):
+            return backend
+    raise UnsupportedModel(
+        f"{request.source.name}: batched serving of {request.source.family.model_type} does not reproduce its own "
+        "outputs with this version of transformers; please report it"
+    )

@@ -1,0 +1,156 @@
+"""transformers' own modules over packed tokens: their attention calls come to us through the AttentionInterface.
+
+For families that call the interface for every block (SpanModel.uses_interface); others would silently compute something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from petals_agent.engine.backend import Prompts, add_prompts
+from petals_agent.engine.kv import LayerShape
+from petals_agent.engine.plan import AttentionRules, StepPlan
+from petals_agent.models.span import SpanModel
+
+_NAME = "petals_packed"
+
+
+class SpanBackend:
+    """What both backends on transformers' modules share: views of the span, prompts, whole sequences for training."""
+
+    name = ""
+
+    def __init__(self, span: SpanModel) -> None:
+        self.span = span
+        self.hidden_size, self.dtype, self.device = span.hidden_size, span.dtype, span.device
+        self.solo = span.rope_depends_on_length
+        self.layers = [LayerShape(a.kv_heads, max(a.head_dim, a.value_dim)) for a in span.attention]
+        fused = span.uses_interface and all(a.softcap is None and not a.sinks for a in span.attention)
+        self._whole = "sdpa" if fused else "eager"
+        self._selected = ""
+        self._views: dict[tuple[int, int], SpanModel] = {}
+
+    def _select(self, attention: str) -> None:
+        if attention != self._selected:
+            self.span.use_attention(attention)
+            self._selected = attention
+            self._views.clear()  # a view copies the config it was made under
+
+    def _view(self, start: int, end: int) -> SpanModel:
+        view = self._views.get((start, end))
+        if view is None:
+            view = self._views[start, end] = self.span.view(start, end)
+        return view
+
+    def plain(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The whole span over [batch, n, hidden_size] by the modules' own attention: what a step must equal."""
+        self._select(self._whole)
+        self.forget_lengths()
+        output: torch.Tensor = self._view(0, len(self.span.blocks))(hidden)
+        return output
+
+    def forget_lengths(self) -> None:
+        """Undo what dynamic rotary embeddings remember of earlier sequences: outputs must not depend on them."""
+        if not self.solo:
+            return
+        for module in self.span.hf.modules():
+            if getattr(module, "rope_type", None) == "dynamic":
+                module.register_buffer("inv_freq", module.original_inv_freq, persistent=False)  # type: ignore[arg-type]
+                module.max_seq_len_cached = module.original_max_seq_len  # type: ignore[assignment]
+
+    def block(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        self._select(self._whole)
+        self.forget_lengths()
+        output: torch.Tensor = self._view(layer, layer + 1)(hidden)
+        return output
+
+
+class PackedBackend(SpanBackend):
+    """All tokens of a batch as one sequence [1, tokens, hidden]; only attention knows where sessions begin."""
+
+    name = "packed"
+
+    def __init__(self, span: SpanModel) -> None:
+        super().__init__(span)
+        ALL_ATTENTION_FUNCTIONS[_NAME] = self._attention
+        self._plan: StepPlan | None = None
+
+    def step(self, hidden: torch.Tensor, plan: StepPlan, start: int, end: int, prompts: Prompts) -> torch.Tensor:
+        # The interface is one table for the process: claim it for this span (tests hold several).
+        ALL_ATTENTION_FUNCTIONS[_NAME] = self._attention
+        self._select(_NAME)
+        self.forget_lengths()
+        view = self._view(start, end)
+        self._plan = plan
+        try:
+            with prompted(view, prompts):
+                output = view.hf(inputs_embeds=hidden[None], position_ids=plan.positions[None], use_cache=False)
+        finally:
+            self._plan = None
+        result: torch.Tensor = output.last_hidden_state[0]
+        return result
+
+    def _attention(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **ignored: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The interface's function: query [1, heads, tokens, head_dim], key and value alike; gives [1, tokens, heads, dim]."""
+        plan = self._plan
+        assert plan is not None, "the packed attention was called outside a step"
+        head_dim, value_dim = query.shape[-1], value.shape[-1]
+        if value_dim < head_dim:  # e.g. latent attention: keys carry a rotary part that values lack
+            value = F.pad(value, (0, head_dim - value_dim))
+        rules = AttentionRules(
+            scale=head_dim**-0.5 if scaling is None else scaling,
+            window=sliding_window,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        kv = torch.cat((key[0], value[0])).transpose(0, 1)
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        out = plan.attend(layer, query[0].transpose(0, 1), kv, rules)
+        return out.view(1, query.shape[2], query.shape[1], head_dim)[..., :value_dim], None
+
+
+@contextmanager
+def prompted(view: SpanModel, prompts: Prompts, first_token: int = 0) -> Iterator[None]:
+    """While open, each block of `view` adds its prompts to the tokens it is given; those count from `first_token`."""
+    if not prompts:
+        yield
+        return
+    shifted = [(offset - first_token, per_block) for offset, per_block in prompts]
+
+    def before(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            flat = hidden.reshape(-1, hidden.shape[-1]).clone()
+            add_prompts(flat, shifted, index)
+            return (flat.view(hidden.shape), *rest), kwargs
+
+        return hook
+
+    hooks = [
+        block.register_forward_pre_hook(before(index), with_kwargs=True) for index, block in enumerate(view.blocks)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
