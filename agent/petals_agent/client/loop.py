@@ -32,9 +32,14 @@ class LoopThread:
         finally:
             self._loop.close()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs coroutines."""
+        return self._thread.is_alive()
+
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run to the end and return the result; when the caller is interrupted, the coroutine is cancelled."""
-        if not self._thread.is_alive() or threading.current_thread() is self._thread:
+        if not self.alive or threading.current_thread() is self._thread:
             coroutine.close()
             raise ClientError("the client is closed, or was called from its own loop; make a new one")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -46,6 +51,6 @@ class LoopThread:
 
     def close(self, timeout: float = 10.0) -> None:
         """Stop the loop and its thread; idempotent."""
-        if self._thread.is_alive():
+        if self.alive:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout)
