@@ -3,7 +3,7 @@
     serve.py [--json] [--quick] [--servers ours,stock] [--rounds 3]
 
 Both servers hold all blocks of the tiny model in one swarm and are driven by the same client (load.py) in turns, A B
-A B; a ratio is the median of the rounds' ratios, so that what else the machine does hits both. A wrong answer voids
+A B; a ratio is the median of the turns' ratios, so that what else the machine does hits both. One wrong answer voids
 the figure, and the exit status is 1. `--json` prints one object on standard output; progress goes to standard error.
 """
 
@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 BLOCKS = "0:8"
 START_TIMEOUT_S = 120.0
 IDLE_S = 3.0
+SHORT = 4  # few sessions are over soon: this many sessions' worth of turns in a round
 CALLS = 5  # forward and backward calls to each server in a round
 
 
@@ -50,7 +50,8 @@ class Contender:
     process: Process | None = None
     peer: Any = None
     starts: list[float] = field(default_factory=list)
-    rounds: list[dict[str, Any]] = field(default_factory=list)
+    sessions: dict[str, list[dict[str, Any] | None]] = field(default_factory=dict)  # by number; None: void
+    training: dict[str, list[float | None]] = field(default_factory=dict)  # "forward", "backward": tokens/s
     footprint: dict[str, float] = field(default_factory=dict)
 
     def launch(self, processes: Processes, folder: Path, model: Path, maddr: str) -> Process:
@@ -132,17 +133,17 @@ class Bench:
         try:
             await self._starts()
             for server in self.servers:  # the first calls are slower
-                server.rounds = [{"sessions": {}}]
                 await self._inference(server, 1)
-            await self._training("forward")
-            for server in self.servers:
-                server.rounds.clear()
+                await self._training(server, "forward")
+                server.sessions.clear()
+                server.training.clear()
             for number in range(self.args.rounds):
                 await self._round(number)
             await self._footprints()
         finally:
             await self.load.close()
-        return summary(self.servers, self.in_process, self.void, vars(self.args))
+        settings = {name: getattr(self.args, name) for name in ("rounds", "starts", "steps", "batch")}
+        return summary(self.servers, self.in_process, self.void, settings)
 
     async def _starts(self) -> None:
         for number in range(self.args.starts):
@@ -159,40 +160,37 @@ class Bench:
                     await asyncio.to_thread(server.process.terminate)
 
     async def _round(self, number: int) -> None:
-        for server in self.servers:
-            server.rounds.append({"sessions": {}})
-        for count in self.args.sessions.split(","):
-            for server in self.servers:
-                await self._inference(server, int(count))
+        for count in map(int, self.args.sessions.split(",")):
+            for _ in range(max(1, SHORT // count)):
+                for server in self.servers:
+                    await self._inference(server, count)
         for kind in ("forward", "backward"):
-            await self._training(kind)
+            for _ in range(CALLS):
+                for server in self.servers:
+                    await self._training(server, kind)
         rates = ["--rates", self.args.sessions, "--steps", str(self.args.steps)]
         self.in_process.append(json.loads(run_local(self.model, *rates)))
         for server in self.servers:
-            figures = {
-                count: round(value["steps_s"]) for count, value in server.rounds[-1]["sessions"].items()
+            last = {
+                count: turns[-1] and round(turns[-1]["steps_s"]) for count, turns in server.sessions.items()
             }
-            say(f"round {number + 1}: {server.name} steps/s by sessions {figures}")
+            say(f"round {number + 1}: {server.name} steps/s by sessions {last}")
 
     async def _inference(self, server: Contender, count: int) -> None:
-        figures = server.rounds[-1]["sessions"]
+        turns = server.sessions.setdefault(str(count), [])
         try:
-            figures[str(count)] = await self.load.inference(server.peer, server.prefix, count, server.pids())
+            turns.append(await self.load.inference(server.peer, server.prefix, count, server.pids()))
         except Void as error:
+            turns.append(None)
             self._voided(f"{server.name}, {count} sessions: {error}")
 
-    async def _training(self, kind: str) -> None:
-        """Single calls in turns; a server's rate is the median of its calls."""
-        rates: dict[str, list[float]] = {server.name: [] for server in self.servers}
-        for _ in range(CALLS):
-            for server in self.servers:
-                try:
-                    rates[server.name].append(await self.load.training(server.peer, server.prefix, kind))
-                except Void as error:
-                    self._voided(f"{server.name}: {error}")
-        for server in self.servers:
-            if len(rates[server.name]) == CALLS:
-                server.rounds[-1][kind] = statistics.median(rates[server.name])
+    async def _training(self, server: Contender, kind: str) -> None:
+        rates = server.training.setdefault(kind, [])
+        try:
+            rates.append(await self.load.training(server.peer, server.prefix, kind))
+        except Void as error:
+            rates.append(None)
+            self._voided(f"{server.name}: {error}")
 
     def _voided(self, why: str) -> None:
         say(f"VOID: {why}")
