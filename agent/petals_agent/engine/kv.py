@@ -1,6 +1,6 @@
 """The KV cache: slabs of equal-sized slots, so that sessions in neighbouring slots share one attention call.
 
-A slab holds one tensor per block, [slots, 2 × kv_heads, capacity, head_dim] (keys, then values). Capacity is the
+A slab holds one tensor per block, [2, slots, kv_heads, capacity, head_dim] (keys, then values). Capacity is the
 session's max_length rounded up to a half-octave; slabs of short sessions have many slots, long sessions get one of their
 own. A slot is zeroed when it is freed: stale values must stay finite (masked positions are still multiplied by zero), and no
 session may see another's.
@@ -15,9 +15,10 @@ import torch
 
 from petals_agent.engine.session import Session
 
-SLAB_TOKENS = 4096  # slots × capacity that one slab aims at
+SLAB_TOKENS = 8192  # slots × capacity that one slab aims at
 MAX_SLOTS = 64
 MIN_CAPACITY = 64
+KEPT_SLABS = 2  # empty ones, of each size
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Slab:
     ) -> None:
         self.slots, self.capacity = slots, capacity
         self.kv = [
-            torch.zeros(slots, 2 * layer.kv_heads, capacity, layer.head_dim, dtype=dtype, device=device)
+            torch.zeros(2, slots, layer.kv_heads, capacity, layer.head_dim, dtype=dtype, device=device)
             for layer in layers
         ]
         self._free = [True] * slots
@@ -65,7 +66,7 @@ class Slab:
     def give_back(self, first: int, count: int, used: int) -> None:
         """Zero the first `used` positions of the slots and free them."""
         for kv in self.kv:
-            kv[first : first + count, :, :used].zero_()
+            kv[:, first : first + count, :, :used].zero_()
         self._free[first : first + count] = [True] * count
 
     @property
@@ -116,8 +117,8 @@ class KVCache:
         if place.slab.empty:
             key = (session.start, session.end, place.slab.capacity)
             slabs = self._slabs.get(key, [])
-            # keep one: the next session of this size is likely
-            if len(slabs) > 1 or place.slab.capacity > SLAB_TOKENS:
+            # keep a few: the next sessions of this size are likely, and fresh memory costs page faults
+            if sum(slab.empty for slab in slabs) > KEPT_SLABS or place.slab.capacity > SLAB_TOKENS:
                 slabs.remove(place.slab)
 
     def reorder(self, session: Session, hypo_ids: torch.Tensor) -> None:
@@ -125,5 +126,5 @@ class KVCache:
         place: Place = session.place
         rows = hypo_ids.to(self.device)
         for kv in place.slab.kv:
-            used = kv[place.first : place.first + session.rows, :, : session.length]
-            used.copy_(used.index_select(0, rows))
+            used = kv[:, place.first : place.first + session.rows, :, : session.length]
+            used.copy_(used.index_select(1, rows))

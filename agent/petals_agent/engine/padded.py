@@ -29,15 +29,15 @@ class _StepCache(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes [rows, kv_heads, n, head_dim], gives all keys and values so far."""
         part, index = self._part, layer_idx - self._first_layer
-        kv_heads, key_dim, value_dim = key_states.shape[1], key_states.shape[-1], value_states.shape[-1]
+        key_dim, value_dim = key_states.shape[-1], value_states.shape[-1]
         width = part.cache(index).shape[-1]
         kv = torch.cat((_widen(key_states, width), _widen(value_states, width)), dim=1).transpose(1, 2)
         if isinstance(part, Decode):
             part.write(index, kv[:, 0])
-            seen = part.cache(index)[part.slots, :, : part.longest]
+            keys, values = part.cache(index)[:, part.slots, :, : part.longest]
         else:
-            seen = part.write(index, kv)[:, :, : part.start + part.count]
-        return seen[:, :kv_heads, :, :key_dim], seen[:, kv_heads:, :, :value_dim]
+            keys, values = part.write(index, kv)[:, :, :, : part.start + part.count]
+        return keys[..., :key_dim], values[..., :value_dim]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._past

@@ -56,10 +56,11 @@ class Decode:
     def write(self, index: int, kv: torch.Tensor) -> None:
         """Put one token a row, [n, 2 × kv_heads, head_dim], into the cache of block `index` of the range."""
         cache = self.slab.kv[index]
+        split = kv.unflatten(1, (2, -1))
         if len(self.slots) == 1:
-            cache[self.first, :, self.longest - 1] = kv[0]
+            cache[:, self.first, :, self.longest - 1] = split[0]
         else:
-            cache[self.slots, :, self.positions] = kv
+            cache[:, self.slots, :, self.positions] = split
 
 
 @dataclass(eq=False)
@@ -75,12 +76,12 @@ class Chunk:
 
     def cache(self, index: int) -> torch.Tensor:
         """These rows' part of the slab's tensor of block `index` of the range."""
-        return self.place.slab.kv[index][self.place.first : self.place.first + self.rows]
+        return self.place.slab.kv[index][:, self.place.first : self.place.first + self.rows]
 
     def write(self, index: int, kv: torch.Tensor) -> torch.Tensor:
         """Put [rows, count, 2 × kv_heads, head_dim] into the cache; returns the rows' whole cache of block `index`."""
         cache = self.cache(index)
-        cache[:, :, self.start : self.start + self.count] = kv.transpose(1, 2)
+        cache[:, :, :, self.start : self.start + self.count] = kv.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)
         return cache
 
 
@@ -168,26 +169,25 @@ class StepPlan:
     def _attend_decode(
         self, d: Decode, index: int, q: torch.Tensor, kv: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        cache = d.slab.kv[index]
         n, heads, head_dim = q.shape
         kv_heads = kv.shape[1] // 2
         d.write(index, kv)
+        cache = d.slab.kv[index]
         q = q.reshape(n, kv_heads, heads // kv_heads, head_dim)
         if d.gather:
-            seen = cache[:, :, : d.longest].index_select(0, d.slots)
+            keys, values = cache[:, :, :, : d.longest].index_select(1, d.slots)
         else:
-            seen = cache[d.first : d.first + d.span, :, : d.longest]
+            keys, values = cache[:, d.first : d.first + d.span, :, : d.longest]
             if not d.dense:
                 spread = q.new_zeros(d.span, *q.shape[1:])
                 spread[d.offsets] = q
                 q = spread
-        keys, values = seen[:, :kv_heads], seen[:, kv_heads:]
+        lone = n == 1 and (rules.window is None or rules.window >= d.longest)  # sees all of its positions
         mask = d.mask if rules.window is None or rules.window >= d.longest else self._windowed(d, rules.window)
-        if rules.plain:
-            lone = n == 1 and mask is d.mask  # one row sees all of its positions
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=None if lone else mask, scale=rules.scale)
-        else:
+        if not rules.plain:
             out = _manual(q, keys, values, mask, rules)
+        else:
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=None if lone else mask, scale=rules.scale)
         if not d.dense and not d.gather:
             out = out[d.offsets]
         return out.reshape(n, heads * head_dim)
@@ -211,7 +211,7 @@ class StepPlan:
         kv_heads = kv.shape[1] // 2
         end = c.start + c.count
         cache = c.write(index, kv.view(c.rows, c.count, 2 * kv_heads, head_dim))
-        keys, values = cache[:, :kv_heads, :end], cache[:, kv_heads:, :end]
+        keys, values = cache[:, :, :, :end]
         q = q.view(c.rows, c.count, heads, head_dim).transpose(1, 2)  # [rows, heads, count, head_dim]
         window = rules.window if rules.window is not None and rules.window < end else None
         if rules.plain and c.start == 0 and window is None:

@@ -191,11 +191,11 @@ def _rollback(session: Session, metadata: dict[str, Any]) -> int | None:
 def _prompts(
     server: BlockServer, session: Session, message: runtime_pb2.Tensor, rows: int, count: int
 ) -> torch.Tensor | None:
+    if 0 in message.size:  # nearly always: a dummy
+        return None
     blocks, width = session.end - session.start, server.engine.backend.hidden_size
     longest = min(count, server.limits.prompt_tokens)
     prompts = wire.decode_tensor(message, blocks * rows * longest * width)
-    if prompts.numel() == 0:
-        return None
     check_prompts(prompts, blocks, rows, count, width)
     return prompts
 
@@ -214,9 +214,9 @@ def check_prompts(prompts: torch.Tensor, blocks: int, rows: int, count: int, wid
 def _hypo_ids(message: runtime_pb2.Tensor, rows: int) -> torch.Tensor | None:
     if message.dtype != "int64":
         raise RequestError(f"hypo_ids must be int64, not {message.dtype[:32]!r}")
-    ids = wire.decode_tensor(message, max(rows, 1))
-    if ids.numel() == 0:
+    if 0 in message.size:
         return None
+    ids = wire.decode_tensor(message, max(rows, 1))
     if ids.shape != (rows,) or int(ids.min()) < 0 or int(ids.max()) >= rows:
         raise RequestError(f"hypo_ids must be [{rows}] with values from 0 to {rows - 1}")
     return None if torch.equal(ids, torch.arange(rows)) else ids
