@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from petals_agent import __version__
+from petals_agent.cli import config_commands, demo_command, generate_command
 from petals_agent.errors import AgentError
 
 app = typer.Typer(
@@ -28,6 +29,11 @@ ConfigOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override one key, e.g. --set serve.blocks=0:4; may be repeated.")
 ]
+
+
+app.add_typer(config_commands.app, name="config")
+app.command()(generate_command.generate)
+app.command()(demo_command.demo)
 
 
 @app.callback(invoke_without_command=True)

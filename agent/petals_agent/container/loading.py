@@ -17,6 +17,7 @@ from petals_agent.engine.engine import Engine
 from petals_agent.errors import ConfigError
 from petals_agent.link import messages
 from petals_agent.models.facts import ModelFacts
+from petals_agent.models.memory import BlockCost, free_memory, max_blocks
 from petals_agent.models.source import ModelSource, Progress, open_model
 from petals_agent.serving.admission import CacheLedger
 from petals_agent.serving.limits import Limits
@@ -74,6 +75,11 @@ class ServedModel:
         return _GROUPED_CACHE_TOKENS if self._grouped else _CACHE_TOKENS
 
     @property
+    def max_batch_tokens(self) -> int:
+        """Most tokens of one request."""
+        return _or(self.config.serve.max_batch_size, _GROUPED_LENGTH if self._grouped else _LENGTH)
+
+    @property
     def _grouped(self) -> bool:
         return self.facts.num_kv_heads < self.facts.num_heads
 
@@ -86,7 +92,13 @@ class ServedModel:
             hidden_size=facts.hidden_size,
             dht_prefix=self.prefix,
             repository=facts.repository,
-            fit_blocks=facts.num_blocks,
+            fit_blocks=max_blocks(
+                free_memory(str(self.device)),
+                BlockCost.of(facts, self.dtype),
+                self.cache_tokens,
+                self.max_batch_tokens,
+                facts.num_blocks,
+            ),
             dtype=self.dtype,
             device=str(self.device),
         )
@@ -114,7 +126,7 @@ class ServedModel:
         length = _GROUPED_LENGTH if self._grouped else _LENGTH
         limits = Limits(
             inference_max_length=_or(serve.inference_max_length, length),
-            max_batch_tokens=_or(serve.max_batch_size, length),
+            max_batch_tokens=self.max_batch_tokens,
             max_sessions=serve.max_sessions,
             request_timeout=serve.request_timeout,
             session_timeout=serve.session_timeout,
