@@ -147,17 +147,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(variant: str, folder: Path) -> Path:
-    """Save a random model of a variant in `folder`, float32, the same weights every time."""
+def tiny_model(variant: str, folder: Path, shard_size: str = "40KB", **changes: Any) -> Path:
+    """Save a random model of a variant in `folder`, float32, the same weights every time; `changes` go to its config."""
     model_type = variant.split("-")[0]
     family = FAMILIES[model_type]
     cls = model_class(family, family.causal_class)
-    settings = {key: value for key, value in (_COMMON | VARIANTS[variant]).items() if value is not _ABSENT}
+    settings = {
+        key: value for key, value in (_COMMON | VARIANTS[variant] | changes).items() if value is not _ABSENT
+    }
     config = cls.config_class(**copy.deepcopy(settings))
     config._attn_implementation = "eager"
     model = cls(config)
     _randomise(model)
-    model.save_pretrained(folder, max_shard_size="40KB")
+    model.save_pretrained(folder, max_shard_size=shard_size)
     return folder
 
 

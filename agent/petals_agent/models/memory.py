@@ -1,7 +1,9 @@
-"""How many blocks and how much KV cache fit into memory: pure arithmetic, and the two places free memory is read from."""
+"""How many blocks and how much KV cache fit into memory: pure arithmetic, and what the host says of its memory."""
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,3 +109,12 @@ def _cgroup_rooms(membership: Path, root: Path) -> list[int]:
             reclaimable = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
             rooms.append(max(0, int(limit) - used + reclaimable))
     return rooms
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the host, to be called after each block loaded.
+
+    glibc keeps what was freed of weights read in the checkpoint's dtype; with it a bfloat16 span takes up to 1.7 times its size.
+    """
+    with suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)

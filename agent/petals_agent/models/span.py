@@ -24,6 +24,7 @@ from petals_agent.errors import CheckpointError
 from petals_agent.models.checkpoint import Checkpoint, StoredTensor
 from petals_agent.models.families import Family
 from petals_agent.models.hf import build, files_of, full_config, model_class, neutralise, slice_config
+from petals_agent.models.memory import return_freed_memory
 from petals_agent.models.probe import BlockAttention, probe_attention
 from petals_agent.models.source import ModelSource, OnProgress, Progress
 
@@ -184,6 +185,7 @@ def load_span(
             one, tensors = slice_config(config, number, number + 1), checkpoint.block(number)
             block = _load_block(source.family, one, number, tensors, dtype)
             span.blocks.append(_renumber(block, number - start, span.config).to(device))
+            return_freed_memory()
             if progress:
                 progress(Progress(f"block {number}", number + 1 - start, end - start))
         span.requires_grad_(False)
