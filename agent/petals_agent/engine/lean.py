@@ -22,6 +22,19 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 
+# Settings that either do not touch a block or are read below. A config.json with others is checked against
+# transformers' own module before it is trusted.
+KNOWN_SETTINGS = frozenset(
+    """
+    _name_or_path architectures attention_bias attention_dropout attn_implementation auto_map bos_token_id dtype
+    eos_token_id head_dim hidden_act hidden_size initializer_range intermediate_size layer_types max_position_embeddings
+    max_window_layers mlp_bias model_type num_attention_heads num_hidden_layers num_key_value_heads pad_token_id
+    pretraining_tp rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings torch_dtype
+    transformers_version use_cache use_sliding_window vocab_size
+    """.split()
+)
+
+
 @dataclass(frozen=True)
 class LeanConfig:
     """The numbers that a Llama-like block depends on."""

@@ -49,13 +49,6 @@ class SpanBackend:
             view = self._views[start, end] = self.span.view(start, end)
         return view
 
-    def plain(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The whole span over [batch, n, hidden_size] by the modules' own attention: what a step must equal."""
-        self._select(self._whole)
-        self.forget_lengths()
-        output: torch.Tensor = self._view(0, len(self.span.blocks))(hidden)
-        return output
-
     def forget_lengths(self) -> None:
         """Undo what dynamic rotary embeddings remember of earlier sequences: outputs must not depend on them."""
         if not self.solo:

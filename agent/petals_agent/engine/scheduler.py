@@ -146,7 +146,7 @@ class Scheduler(Generic[W]):
                 return TrainingSlice()
         until = self._wait_for_recent(now)
         if until is not None:
-            return TrainingSlice() if self._training else WaitUntil(until)
+            return WaitUntil(until)  # no training slice: it may last longer than the wait, and was not due
         return self._batch()
 
     def _wait_for_recent(self, now: float) -> float | None:
@@ -169,28 +169,30 @@ class Scheduler(Generic[W]):
         if oldest.whole:
             return Batch([(oldest, oldest.remaining)])
         mates = [work for work in self._waiting.values() if work.group == oldest.group]
-        items: list[tuple[W, int]] = []
+        decodes = [work for work in mates if work.remaining <= DECODE_TOKENS]
+        chunks = [work for work in mates if work.remaining > DECODE_TOKENS]
         budget = self.max_batch_tokens
-        for work in mates:
+        prefill = min(budget, self.chunk_tokens(bool(decodes))) if chunks else 0
+        items: list[tuple[W, int]] = []
+        if chunks and chunks[0] is oldest:  # whoever waited longest advances, however wide it is
+            del chunks[0]
+            count = max(1, min(oldest.remaining, prefill // oldest.rows))
+            items.append((oldest, count))
+            self._waiting.move_to_end(id(oldest))  # round robin
+            budget -= count * oldest.rows
+            prefill -= count * oldest.rows
+        for work in decodes:
             size = work.rows * work.remaining
-            if work.remaining <= DECODE_TOKENS and (size <= budget or not items):
+            if size <= budget or not items:
                 items.append((work, work.remaining))
                 budget -= size
-        chunks = [work for work in mates if work.remaining > DECODE_TOKENS]
-        if chunks:
-            left = min(budget, self.chunk_tokens(bool(items)))
-            for work in chunks:
-                count = min(work.remaining, left // work.rows)
-                if count <= 0 and not items:
-                    count = 1  # even one token a row is over the budget: it must still advance
-                if count <= 0:
-                    continue
+        for work in chunks:
+            count = min(work.remaining, min(budget, prefill) // work.rows)
+            if count > 0:
                 items.append((work, count))
-                left -= count * work.rows
-            # round robin: whoever got a chunk goes behind the others
-            for work, _ in items:
-                if work.remaining > DECODE_TOKENS:
-                    self._waiting.move_to_end(id(work))
+                self._waiting.move_to_end(id(work))
+                budget -= count * work.rows
+                prefill -= count * work.rows
         return Batch(items)
 
     def _remove(self, work: W) -> None:

@@ -54,25 +54,22 @@ def error_of(backend: Backend, plain: Plain, start: int, end: int) -> float:
                 token += count
 
     with torch.inference_mode():
-        run(10, 0)
-        run(1, 5)
-        run(6, 1)
-        run(1, 1)
-        if not backend.solo:
-            sessions[0].length -= 2
+        if backend.solo:  # what a step gives depends on its length, so only whole sequences can be compared
+            run(_LONG, _SHORT)
+        else:
+            run(10, 0)
+            run(1, 5)
+            run(6, 1)
+            run(1, 1)
+            sessions[0].length -= 2  # a rollback into an earlier step
             sessions[1].length -= 1
             del outputs[0][-1], outputs[1][-1]
             outputs[0][-1] = outputs[0][-1][:-1]
             run(2, 1)
-        run(_LONG - sessions[0].length, _SHORT - sessions[1].length)
+            run(_LONG - sessions[0].length, _SHORT - sessions[1].length)
         worst = 0.0
         for hidden, parts in zip(inputs, outputs, strict=True):
             expected = plain(hidden)[0].float()
             difference = (torch.cat(parts).float() - expected).abs().max() / expected.abs().max()
             worst = max(worst, difference.item() if torch.isfinite(difference) else float("inf"))
     return worst
-
-
-def passes(backend: Backend, plain: Plain, start: int, end: int) -> bool:
-    """Whether the error is within what rounding explains."""
-    return error_of(backend, plain, start, end) <= TOLERANCE.get(backend.dtype, 1e-3)
