@@ -11,6 +11,7 @@ A plain object without torch, threads or clocks: the engine passes in the time. 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -84,8 +85,7 @@ class Scheduler(Generic[W]):
         self._last_end = 0.0
         self._last_duration = 0.0
         self._token_cost_s = 0.0  # running mean of seconds per token in steps with prefill
-        self._step_time = 0.0
-        self._training_time = 0.0
+        self._credit = 0.0  # weighted seconds that training has coming while steps wait
 
     # --- what happened
 
@@ -107,14 +107,18 @@ class Scheduler(Generic[W]):
 
     def training_done(self) -> None:
         self._training -= 1
+        if not self._training:
+            self._credit = 0.0
 
     def ran(self, batch: Batch[W], started: float, ended: float) -> None:
-        """Tell how long a batch took; works with tokens left stay in their place, the others are removed."""
+        """Tell how long a batch took; works with tokens left go behind all others (round robin), those done are removed."""
         decode: set[Hashable] = set()
         for work, count in batch.items:
             if count <= DECODE_TOKENS:
                 decode.add(work.session)
-            if work.remaining <= 0:
+            if work.remaining > 0:
+                self._waiting.move_to_end(id(work))
+            else:
                 self._remove(work)
         if decode:
             self._recent = [decode, self._recent[0]]
@@ -123,10 +127,13 @@ class Scheduler(Generic[W]):
             cost = duration / batch.tokens
             self._token_cost_s = cost if self._token_cost_s == 0 else 0.8 * self._token_cost_s + 0.2 * cost
         self._last_end, self._last_duration = ended, duration
-        self._step_time += duration
+        if self._training:
+            self._credit += duration * self.training_share
 
     def ran_training(self, duration: float) -> None:
-        self._training_time += max(duration, 0.0)
+        """Tell how long a slice took; beside waiting steps it counts against training, else it only settles its credit."""
+        floor = -math.inf if self._waiting else min(self._credit, 0.0)
+        self._credit = max(self._credit - max(duration, 0.0) * (1 - self.training_share), floor)
 
     # --- what next
 
@@ -138,12 +145,9 @@ class Scheduler(Generic[W]):
     def next(self, now: float) -> Batch[W] | TrainingSlice | WaitUntil | None:
         """What to do at time `now` (seconds, monotonic); None when there is nothing at all."""
         if not self._waiting:
-            self._step_time = self._training_time = 0.0
             return TrainingSlice() if self._training else None
-        if self._training:
-            due = self._training_time * (1 - self.training_share) <= self._step_time * self.training_share
-            if due:
-                return TrainingSlice()
+        if self._training and self._credit > 0:
+            return TrainingSlice()
         until = self._wait_for_recent(now)
         if until is not None:
             return WaitUntil(until)  # no training slice: it may last longer than the wait, and was not due
@@ -178,7 +182,6 @@ class Scheduler(Generic[W]):
             del chunks[0]
             count = max(1, min(oldest.remaining, prefill // oldest.rows))
             items.append((oldest, count))
-            self._waiting.move_to_end(id(oldest))  # round robin
             budget -= count * oldest.rows
             prefill -= count * oldest.rows
         for work in decodes:
@@ -190,7 +193,6 @@ class Scheduler(Generic[W]):
             count = min(work.remaining, min(budget, prefill) // work.rows)
             if count > 0:
                 items.append((work, count))
-                self._waiting.move_to_end(id(work))
                 budget -= count * work.rows
                 prefill -= count * work.rows
         return Batch(items)
