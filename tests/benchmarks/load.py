@@ -330,6 +330,9 @@ def main() -> int:
     parser.add_argument("--answers", type=Path, required=True, help="from local.py")
     parser.add_argument("--blocks", type=int, default=8, help="blocks of the model; one server must hold all")
     parser.add_argument("--sessions", default="1,4,16,64")
+    parser.add_argument(
+        "--json", action="store_true", help="accepted as everywhere here; the output always is"
+    )
     result = uvloop.run(measure(parser.parse_args()))
     print(json.dumps(result))
     return int("void" in result)

@@ -1,7 +1,9 @@
 """What plain transformers does in this process with the same model: the right answers, and its own speed.
 
-local.py MODEL --answers FILE.npz     inputs and expected outputs for load.py
-local.py MODEL --rates 1,4,16,64      decode steps/s by batch size, as JSON
+    local.py MODEL --answers FILE.npz     inputs and expected outputs for load.py
+    local.py MODEL --rates 1,4,16,64      decode steps/s by batch size
+
+Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -88,19 +90,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", default="4x256", help="sequences × tokens of forward and backward")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--json", action="store_true", help="accepted as everywhere here; the output always is"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = load(args.model)
     if args.answers:
         batch, length = map(int, args.batch.split("x"))
         np.savez(args.answers, **answers(model, args.sessions, args.prefill, args.steps, (batch, length)))
+    rates = {}
     if args.rates:
         decode_rate(model, 1, args.prefill, 5)  # first calls are slower
-        rates = {
-            size: round(decode_rate(model, int(size), args.prefill, args.steps), 1)
-            for size in args.rates.split(",")
-        }
-        print(json.dumps(rates))
+        for size in args.rates.split(","):
+            rates[size] = round(decode_rate(model, int(size), args.prefill, args.steps), 1)
+    print(json.dumps({"answers": args.answers and str(args.answers), "rates": rates}))
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ class Bench:
                 for server in self.servers:
                     await self._training(server, kind)
         rates = ["--rates", self.args.sessions, "--steps", str(self.args.steps)]
-        self.in_process.append(json.loads(run_local(self.model, *rates)))
+        self.in_process.append(json.loads(run_local(self.model, *rates))["rates"])
         for server in self.servers:
             last = {
                 count: turns[-1] and round(turns[-1]["steps_s"]) for count, turns in server.sessions.items()
