@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from models.tiny import tiny_model
 
 torch.set_num_threads(1)
+logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.tiny import BLOCKS, edit_config
-from petals_agent.errors import CheckpointError, UnsupportedModel
+from petals_agent.errors import CheckpointError
 from petals_agent.models.checkpoint import Checkpoint
 from petals_agent.models.client_parts import client_parts
 from petals_agent.models.source import INDEX, Progress, open_model
@@ -200,12 +200,6 @@ def test_config_that_transformers_refuses(folder: Path) -> None:
 def test_not_finite(folder: Path) -> None:
     _change(folder, Q, lambda tensors: tensors[Q].fill_(float("nan")))
     with pytest.raises(CheckpointError, match="block 2 answers NaN"):
-        _load(folder)
-
-
-def test_quantized(folder: Path) -> None:
-    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedModel, match=r"quantized"):
         _load(folder)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from petals_agent.errors import CheckpointError
 from petals_agent.models.families import JSON, Family, number, text_config
+from petals_agent.models.shard import TensorInfo
 
 HUB = "https://huggingface.co"
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
@@ -48,6 +49,15 @@ def dtype_bytes(dtype: str) -> int:
     if dtype not in DTYPE_BYTES:
         raise CheckpointError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPE_BYTES)}")
     return DTYPE_BYTES[dtype]
+
+
+def parameters(name: str, info: TensorInfo) -> int:
+    """How many weights a stored tensor stands for once it is loaded; quantized ones hold two in a byte, or scales."""
+    if name.endswith("_blocks") and info.dtype == "U8":  # mxfp4
+        return 2 * info.elements
+    if name.endswith(("_scales", "_scale_inv")):
+        return 0
+    return info.elements
 
 
 def model_facts(

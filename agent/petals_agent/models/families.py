@@ -14,6 +14,7 @@ from typing import Any
 
 from petals_agent.errors import CheckpointError, UnsupportedModel
 
+PACKINGS = ("mxfp4", "fp8")
 JSON = Mapping[str, Any]  # a config.json, or the part of one that describes the text decoder
 
 _PREFIX = r"(?:(?:model\.language_model|language_model\.model|model|transformer|gpt_neox)\.)?"
@@ -118,6 +119,23 @@ def family_of(config: JSON) -> Family:
     raise UnsupportedModel(
         f"model_type {model_type!r} is not served; choose a model of one of these families: {', '.join(FAMILIES)}"
     )
+
+
+def quantization(config: JSON) -> str | None:
+    """How the checkpoint's weights are packed; blocks are served with the weights widened again.
+
+    Raises UnsupportedModel for a packing that is not understood.
+    """
+    settings = text_config(config).get("quantization_config")
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    if method not in PACKINGS:
+        raise UnsupportedModel(
+            f"the checkpoint is quantized with {method!r}, only {' and '.join(PACKINGS)} are understood; "
+            "choose the original checkpoint"
+        )
+    return str(method)
 
 
 def number(config: JSON, *names: str, default: int | None = None) -> int:

@@ -18,7 +18,7 @@ from transformers.utils import logging as hf_logging
 
 from petals_agent.errors import CheckpointError, UnsupportedModel
 from petals_agent.models.checkpoint import StoredTensor
-from petals_agent.models.families import Family, text_config
+from petals_agent.models.families import Family, quantization, text_config
 from petals_agent.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -38,10 +38,11 @@ def model_class(family: Family, name: str) -> type[PreTrainedModel]:
 def full_config(source: ModelSource) -> PreTrainedConfig:
     """The config of the whole text model; raises CheckpointError when transformers refuses config.json."""
     raw = dict(text_config(source.config))
-    if raw.pop("quantization_config", None):
-        raise UnsupportedModel(
-            f"{source.name} is a quantized checkpoint, which is not served: use the original one"
-        )
+    packing = quantization(source.config)
+    if packing == "fp8":  # widened as it is read
+        del raw["quantization_config"]
+    elif packing:
+        raw["quantization_config"] = {**raw["quantization_config"], "dequantize": True}
     config_class = model_class(source.family, source.family.base_class).config_class
     try:
         config: PreTrainedConfig = config_class.from_dict(raw)

@@ -16,8 +16,8 @@ from typing import Any
 
 from petals_agent.errors import CheckpointError
 from petals_agent.models.disk import make_room
-from petals_agent.models.facts import ModelFacts, model_facts, num_blocks
-from petals_agent.models.families import Family, block_of, family_of, outer_name, text_config
+from petals_agent.models.facts import ModelFacts, model_facts, num_blocks, parameters
+from petals_agent.models.families import Family, block_of, family_of, outer_name, quantization, text_config
 from petals_agent.models.hub import HubRepo, is_absent
 from petals_agent.models.shard import TensorInfo, read_header
 
@@ -71,8 +71,9 @@ class ModelSource:
         for name, info in self._infos():
             place = block_of(name)
             if place and place[0] < blocks:
-                sizes[place[0]] += info.elements
-                dtypes[info.dtype] += info.elements
+                count = parameters(name, info)
+                sizes[place[0]] += count
+                dtypes[info.dtype] += count
         absent = [block for block in range(blocks) if not sizes[block]]
         if absent:
             raise CheckpointError(
@@ -85,11 +86,9 @@ class ModelSource:
             or text.get("torch_dtype")
             or _DTYPES.get(dtypes.most_common(1)[0][0], "float32")
         )
-        parameters = (sizes[block] for block in range(blocks))
+        per_block = (sizes[block] for block in range(blocks))
         repo, revision = (self.repo.repo, self.repo.commit) if self.repo else (None, None)
-        return model_facts(
-            self.config, self.family, parameters, stated.removeprefix("torch."), repo, revision
-        )
+        return model_facts(self.config, self.family, per_block, stated.removeprefix("torch."), repo, revision)
 
     def _infos(self) -> Iterable[tuple[str, TensorInfo]]:
         for name, shard in self.weight_map.items():
@@ -196,7 +195,8 @@ def _source(
     config = _json(source, "config.json")
     if config is None:
         raise CheckpointError(f"{name}: there is no config.json; is it the folder of a transformers model?")
-    family_of(config)  # before anything large is asked for
+    family_of(config)  # refuse before anything large is asked for
+    quantization(config)
     return ModelSource(name, config, _weight_map(source), folder, repo, max_disk, progress)
 
 
