@@ -29,6 +29,9 @@ OnProgress = Callable[[str, int, int], None]
 # Petals' defaults with and without grouped attention (protocol.md §9.6, §9.7)
 _GROUPED_CACHE_TOKENS, _CACHE_TOKENS = 16384, 4096
 _GROUPED_LENGTH, _LENGTH = 8192, 2048
+# Tokens × weights of a block from which more threads than one pay (docs/decisions/0007): 200 tokens of a tiny model, one of
+# an 8 B model.
+_PARALLEL_PRODUCTS = 150_000_000
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class ServedModel:
             max_alloc_timeout=serve.max_alloc_timeout,
         )
         return BlockServer(
-            engine=Engine(backend),
+            engine=Engine(backend, parallel_tokens=-(-_PARALLEL_PRODUCTS // max(self.facts.block_parameters))),
             prefix=self.prefix,
             start=start,
             end=end,

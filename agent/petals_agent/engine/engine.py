@@ -62,13 +62,18 @@ class Engine:
         scheduler: Scheduler[StepWork] | None = None,
         *,
         keep_bytes: int = 2**30,
-        training_threads: int = 1,
+        parallel_tokens: int = 256,
     ) -> None:
+        """A batch of `parallel_tokens` or more runs on all of torch's threads, smaller ones on one; a backward keeps
+        activations of up to `keep_bytes` rather than computing them twice.
+        """
         self.backend = backend
         self.stats = EngineStats()
         self._scheduler = scheduler if scheduler is not None else Scheduler[StepWork]()
         self._keep_bytes = keep_bytes
-        self._training_threads = training_threads
+        self._parallel_tokens = parallel_tokens
+        self._all_threads = torch.get_num_threads()
+        self._threads = 0
         self._cache = KVCache(backend.layers, backend.dtype, backend.device)
         self._inbox = _Inbox()
         self._training: deque[_Training] = deque()
@@ -147,7 +152,6 @@ class Engine:
     # --- engine's side
 
     def _run(self) -> None:
-        torch.set_num_threads(1)
         while not self._stopping:
             self._take()
             decision = self._scheduler.next(time.monotonic())
@@ -196,6 +200,7 @@ class Engine:
 
     def _run_batch(self, batch: Batch[StepWork]) -> None:
         started = time.monotonic()
+        self._use_threads_for(batch.tokens)
         try:
             self._forward(batch.items)
         except Exception as error:
@@ -204,6 +209,13 @@ class Engine:
         self.stats.progress += 1
         self.stats.batches += 1
         self.stats.batch_rows += sum(work.rows for work, _ in batch.items)
+
+    def _use_threads_for(self, tokens: int) -> None:
+        """Small products lose more to the hand-over between threads than they gain (docs/decisions/0007)."""
+        threads = self._all_threads if tokens >= self._parallel_tokens else 1
+        if threads != self._threads:
+            torch.set_num_threads(threads)
+            self._threads = threads
 
     def _blame(self, batch: Batch[StepWork], error: Exception) -> None:
         """A batch failed: run each work alone, so that only those fail that must."""
@@ -286,13 +298,11 @@ class Engine:
         if job.work.cancelled:
             result = RequestError("cancelled")
         else:
-            torch.set_num_threads(self._training_threads)
+            self._use_threads_for(job.work.tokens)
             try:
                 result = next(job.slices)
             except Exception as error:
                 result = error
-            finally:
-                torch.set_num_threads(1)
         self._scheduler.ran_training(time.monotonic() - started)
         self.stats.progress += 1
         if result is not None:

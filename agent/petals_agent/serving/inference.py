@@ -17,6 +17,8 @@ from petals_agent.serving.server import BlockServer, check_adapter
 
 from hivemind.proto import runtime_pb2  # isort: skip
 
+_LARGE = 2**18  # elements from which encoding would hold up other sessions
+
 
 @dataclass(frozen=True)
 class Step:
@@ -100,7 +102,10 @@ async def _steps(
                         hypo_ids=step.hypo_ids,
                         rollback_to=step.rollback_to,
                     )
-                answer = wire.encode_tensor(output, compression)
+                if output.numel() > _LARGE:
+                    answer = await asyncio.to_thread(wire.encode_tensor, output, compression)
+                else:
+                    answer = wire.encode_tensor(output, compression)
                 targets = wire.next_servers(metadata, server.limits.max_next_servers)
                 if targets and step.prompts is None:
                     send_push(server, targets, metadata, answer, step.others)

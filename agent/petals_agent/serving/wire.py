@@ -14,6 +14,7 @@ from typing import Any
 import msgpack
 import torch
 
+from petals_agent.codecs import QUANTIZED, dequantize
 from petals_agent.errors import LimitExceeded, RequestError
 from petals_agent.p2p import light
 
@@ -49,7 +50,9 @@ def decode_tensor(message: runtime_pb2.Tensor, max_elements: int) -> torch.Tenso
     shape = tuple(message.size)
     dtype = DTYPES.get(message.dtype)
     if dtype is None:
-        raise RequestError(f"tensor dtype {message.dtype[:32]!r} is not served; use one of {', '.join(DTYPES)}")
+        raise RequestError(
+            f"tensor dtype {message.dtype[:32]!r} is not served; use one of {', '.join(DTYPES)}"
+        )
     if len(shape) > MAX_RANK:
         raise RequestError(f"a tensor has {len(shape)} dimensions; at most {MAX_RANK} are allowed")
     elements = math.prod(shape)
@@ -58,6 +61,9 @@ def decode_tensor(message: runtime_pb2.Tensor, max_elements: int) -> torch.Tenso
     if message.compression == NONE:
         return _plain(message.buffer, dtype, shape, elements)
     try:
+        if message.compression in QUANTIZED:
+            values = dequantize(message.buffer, message.compression, elements)
+            return torch.from_numpy(values).to(dtype).view(shape)
         tensor: torch.Tensor = deserialize_torch_tensor(message).detach()
     except Exception as error:
         raise RequestError(f"a tensor could not be decompressed: {error!r}") from error
@@ -135,15 +141,25 @@ def join_parts(parts: Sequence[runtime_pb2.Tensor]) -> list[runtime_pb2.Tensor]:
 
 _TUPLE = 0x40
 _INFERENCE_ARGS = bytes.fromhex("92c7134093c4045f5f5430c4045f5f5431c4045f5f543280")
-_USUAL_ORDER = object()
+_USUAL_ORDER = ((b"__T0", b"__T1", b"__T2"), {})  # what practically everyone sends, recognised by identity
+_MAX_NESTING = 8
 
 
-def _extension(code: int, data: bytes) -> Any:
-    if code != _TUPLE:
-        return data
-    if data == _INFERENCE_ARGS:  # ((b"__T0", b"__T1", b"__T2"), {}): what practically everyone sends
-        return _USUAL_ORDER
-    return tuple(msgpack.unpackb(data, ext_hook=_extension, raw=False))
+def _unpack(data: bytes, depth: int = 0) -> Any:
+    """Like hivemind's serializer, which some 200 nested tuples (1 KB) drive over the end of the C stack."""
+
+    def extension(code: int, payload: bytes) -> Any:
+        if code != _TUPLE:
+            return payload
+        if payload == _INFERENCE_ARGS:
+            return _USUAL_ORDER
+        if depth == _MAX_NESTING:
+            raise RequestError(
+                f"metadata with tuples nested more than {_MAX_NESTING} deep; that is the limit here"
+            )
+        return tuple(_unpack(payload, depth + 1))
+
+    return msgpack.unpackb(data, ext_hook=extension, raw=False)
 
 
 def decode_metadata(raw: bytes, limit: int) -> dict[str, Any]:
@@ -153,7 +169,9 @@ def decode_metadata(raw: bytes, limit: int) -> dict[str, Any]:
     if len(raw) > limit:
         raise LimitExceeded(f"metadata of {len(raw)} bytes; the limit here is {limit}")
     try:
-        metadata = msgpack.unpackb(raw, ext_hook=_extension, raw=False)
+        metadata = _unpack(raw)
+    except RequestError:
+        raise
     except Exception as error:
         raise RequestError(f"metadata is not msgpack: {type(error).__name__}") from None
     if not isinstance(metadata, dict):
@@ -173,7 +191,11 @@ def ordered(tensors: Sequence[Any], structure: Any) -> list[Any]:
     """
     if structure is None or structure is _USUAL_ORDER:
         return list(tensors)
-    if not isinstance(structure, (tuple, list)) or len(structure) != 2 or not isinstance(structure[0], (tuple, list)):
+    if (
+        not isinstance(structure, (tuple, list))
+        or len(structure) != 2
+        or not isinstance(structure[0], (tuple, list))
+    ):
         raise RequestError("args_structure must be a pair of positional and named arguments")
     picked = []
     for marker in structure[0]:
@@ -206,7 +228,12 @@ def text(metadata: dict[str, Any], key: str, limit: int = 256) -> str | None:
 def number(metadata: dict[str, Any], key: str, default: float) -> float:
     """An optional finite number that is not negative."""
     value = metadata.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or value < 0
+    ):
         raise RequestError(f"{key} must be a finite number that is not negative, not {str(value)[:32]!r}")
     return float(value)
 
@@ -223,7 +250,9 @@ def next_servers(metadata: dict[str, Any], limit: int) -> list[NextServer]:
         if not isinstance(entry, (list, tuple)) or len(entry) != 4:
             raise RequestError("each of next_servers must be (peer id, session id, start, end)")
         peer, session, start, end = entry
-        if not (isinstance(peer, str) and isinstance(session, str) and len(peer) <= 128 and len(session) <= 256):
+        if not (
+            isinstance(peer, str) and isinstance(session, str) and len(peer) <= 128 and len(session) <= 256
+        ):
             raise RequestError("next_servers: peer id and session id must be short strings")
         if type(start) is not int or type(end) is not int or not 0 <= start < end <= 100_000:
             raise RequestError("next_servers: start and end must be block numbers with start < end")
