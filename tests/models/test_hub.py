@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -264,3 +265,27 @@ def test_a_disk_that_fills_up_during_the_transfer(hub: Hub, cache: Path) -> None
     partial.symlink_to("/dev/full")  # every write fails with ENOSPC
     with pytest.raises(CheckpointError, match=r"disk is full.*model\.cache_dir"):
         source.fetch(source.block_tensors(0, 1))
+
+
+# --- two agents, one cache
+
+
+def test_a_file_is_fetched_once_for_two(heavy: Hub, cache: Path) -> None:
+    """The second waits for the first, alive, and then has the file too."""
+    heavy.stall_after = PIECE + 1000
+    sources = [open_model(REPO, cache_dir=cache) for _ in range(2)]
+    waited: list[Progress] = []
+
+    def second(step: Progress) -> None:
+        waited.append(step)
+        heavy.release.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(sources[0].fetch, sources[0].block_tensors(0, 1))
+        assert heavy.stalled.wait(30)
+        other = pool.submit(sources[1].fetch, sources[1].block_tensors(0, 1), second)
+        assert first.result(30) == other.result(30)
+    assert heavy.ranges(FIRST) == [None]
+    assert waited[-1].done == waited[-1].total == (heavy.repos[REPO] / FIRST).stat().st_size
+    _same(sources[1], heavy, 0, 1)
+    assert not list(cache.glob("models--*/blobs/*.part"))

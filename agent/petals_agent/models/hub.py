@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -188,16 +188,18 @@ class HubRepo:
         """Fetch what is missing of a file, continuing an earlier attempt; returns its path in the snapshot."""
         file.partial.parent.mkdir(parents=True, exist_ok=True)
         file.link.parent.mkdir(parents=True, exist_ok=True)
-        if not file.blob.exists():
-            with file.partial.open("ab") as out:
-                _lock(out, file)
-                if not file.blob.exists():  # another process may have finished it meanwhile
-                    self._transfer(file, out, report)
-                    _verify(file, self.repo)
-                    file.partial.replace(file.blob)
+        missing = file.missing
+        with _claimed(file, report) as out:
+            if out is not None:
+                self._transfer(file, out, report)
+                _verify(file, self.repo)
+                file.partial.replace(file.blob)
+            else:  # another process fetched it meanwhile
+                report(missing)
         if not file.link.exists():
             file.link.unlink(missing_ok=True)
-            file.link.symlink_to(os.path.relpath(file.blob, file.link.parent))
+            with suppress(FileExistsError):  # another process was faster
+                file.link.symlink_to(os.path.relpath(file.blob, file.link.parent))
         disk.mark_used(file.blob)
         return file.link
 
@@ -244,22 +246,34 @@ class _Meter:
         pass
 
 
-def _lock(out: IO[bytes], file: RemoteFile) -> None:
-    """Wait until no other process writes to the same partial file."""
-    size, since = -1, time.monotonic()
-    while True:
-        try:
-            return fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            now = time.monotonic()
-            grown = file.partial.stat().st_size if file.partial.exists() else size
-            if grown != size:
-                size, since = grown, now
-            elif now - since > _LOCK_STALL:
-                raise CheckpointError(
-                    f"another process holds {file.partial} and wrote nothing for {_LOCK_STALL:.0f} s; end it"
-                ) from None
-            time.sleep(0.2)
+@contextmanager
+def _claimed(file: RemoteFile, report: Report) -> Iterator[IO[bytes] | None]:
+    """The partial file, for us alone to write; None if the whole file is there, perhaps by another process."""
+    left, since = -1, time.monotonic()
+    while not file.blob.exists():
+        with file.partial.open("ab") as out:
+            if _locked(out, file.partial):
+                yield None if file.blob.exists() else out
+                return
+        report(0)  # we live, and may be told to stop
+        now, missing = time.monotonic(), file.missing
+        if missing != left:
+            left, since = missing, now
+        elif now - since > _LOCK_STALL:
+            raise CheckpointError(
+                f"another process holds {file.partial} and wrote nothing for {_LOCK_STALL:.0f} s; end it"
+            )
+        time.sleep(0.2)
+    yield None
+
+
+def _locked(out: IO[bytes], path: Path) -> bool:
+    """Take the lock on an open file, unless another process has it or has put a new file in its place."""
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(out.fileno()).st_ino == path.stat().st_ino
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _verify(file: RemoteFile, repo: str) -> None:
