@@ -62,3 +62,19 @@ def test_peak_memory_of_loading(variant: str, tmp_path: Path) -> None:
     assert found["torch.float32"]["size"] == 2 * found["torch.bfloat16"]["size"] > 150e6
     for dtype, measured in found.items():
         assert measured["peak"] < 1.3 * measured["size"], dtype
+
+
+def test_only_the_modules_of_one_family_are_imported(tmp_path: Path) -> None:
+    """Of transformers' several hundred models; and nothing that the agent does not need beside."""
+    code = """
+import json, sys
+import torch
+from petals_agent.models.source import open_model
+from petals_agent.models.span import load_span
+
+load_span(open_model(sys.argv[1]), 0, 2, torch.float32, torch.device("cpu"))
+families = {name.split(".")[2] for name in sys.modules if name.startswith("transformers.models.")}
+heavy = {"accelerate", "peft", "torchvision", "pandas", "sklearn", "matplotlib", "transformers.pipelines"}
+print(json.dumps([sorted(families), sorted(heavy & set(sys.modules))]))
+"""
+    assert _run(code, str(tiny_model("llama", tmp_path))) == [["auto", "llama"], []]
