@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,6 @@ from typing import Any
 from petals_agent.config.lines import MAX_DEPTH, TooDeep, key_lines
 from petals_agent.config.messages import invalid
 from petals_agent.config.origin import Origin
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 MAX_BYTES = 2**20
 

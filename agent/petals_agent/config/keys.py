@@ -90,9 +90,7 @@ def leaves(config: BaseModel, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tu
             yield from leaves(value, (*prefix, name))
         elif isinstance(value, dict):
             for item, model in value.items():
-                yield from (
-                    (path, value) for path, value in leaves(model, (*prefix, name, item)) if value is not None
-                )
+                yield from table_leaves(model.model_dump(exclude_none=True), (*prefix, name, item))
         else:
             yield (*prefix, name), value
     for name, table in (config.__pydantic_extra__ or {}).items():
@@ -102,12 +100,13 @@ def leaves(config: BaseModel, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tu
 def table_leaves(
     table: Mapping[str, Any], prefix: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every key below a table that holds no table, and every empty table."""
+    """Every key below a table that holds no table, before the tables as TOML wants it, and every empty table."""
+    for name, value in table.items():
+        if not isinstance(value, Mapping):
+            yield (*prefix, name), value
     for name, value in table.items():
         if isinstance(value, Mapping):
             yield from table_leaves(value, (*prefix, name))
-        else:
-            yield (*prefix, name), value
     if not table and prefix:
         yield prefix, {}
 

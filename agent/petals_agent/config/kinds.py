@@ -63,27 +63,25 @@ def locate_model(value: object, base: Path | None = None) -> object:
 
 def _one_line(value: str) -> str:
     if not value.isprintable():
-        raise ValueError("it holds a control character")
+        raise ValueError("it holds a character that cannot be printed")
     if len(value) > 1024:
         raise ValueError("it is longer than 1024 characters")
     return value
 
 
 def _to_path(value: object) -> object:
-    path = locate(value)
-    return Path(_one_line(path)) if isinstance(path, str) and path else path
+    if value == "":
+        raise ValueError("it is empty")
+    path = locate(str(value) if isinstance(value, Path) else value)
+    return _one_line(path) if isinstance(path, str) else path
 
 
-def _to_optional_path(value: object) -> object:
-    return None if value == "" else _to_path(value)
-
-
-def _token_path(value: object) -> object:
+def _no_token(value: object) -> object:
     if isinstance(value, str) and re.search(r"hf_[A-Za-z0-9]{20}", value):
         raise ValueError(
             "it looks like a token itself; put the token into a file that only the agent can read"
         )
-    return _to_optional_path(value)
+    return None if value == "" else value
 
 
 def _model(value: str) -> str:
@@ -168,13 +166,10 @@ Throughput = Annotated[
     Allowed('"auto", "measure", or a number above 0 (tokens per second through the span)'),
 ]
 
-FilePath = Annotated[Path, BeforeValidator(_to_path), Located(), Allowed("a path")]
-OptionalPath = Annotated[
-    Path | None, BeforeValidator(_to_optional_path), Located(), Allowed('a path, or "" for none')
-]
+FilePath = Annotated[Path, Field(strict=False), BeforeValidator(_to_path), Located(), Allowed("a path")]
 TokenPath = Annotated[
-    Path | None,
-    BeforeValidator(_token_path),
+    FilePath | None,
+    BeforeValidator(_no_token),
     Located(),
     Allowed('the path of a file that holds the token, or "" for none'),
 ]

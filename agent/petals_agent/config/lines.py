@@ -6,13 +6,8 @@ Not a parser: it knows where keys and values begin and end, and leaves it to tom
 from __future__ import annotations
 
 import re
-import sys
+import tomllib
 from dataclasses import dataclass
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 MAX_DEPTH = 16
 

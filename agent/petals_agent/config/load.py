@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,6 @@ from petals_agent.config.origin import CODE, DEFAULT, Origin
 from petals_agent.config.places import default_files, places
 from petals_agent.config.schema import Config
 from petals_agent.config.toml_text import key_text
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 log = logging.getLogger("petals_agent.config")
 
@@ -80,27 +75,14 @@ def read_config(
 ) -> Loaded:
     """As `load_config`, with the origin of every value and the notes instead of log lines."""
     file, looked_at = find_file(path, environ)
-    files: list[TomlFile] = []
-    if file is not None:
-        files.append(read_toml(file))
-        if files[0].is_blank:
-            raise invalid(
-                Origin("file", str(file)), "the file is empty; write at least [model]", allowed=_NAMES_MODEL
-            )
-        files += map(read_toml, drop_ins(file))
+    files = [] if file is None else _read_files(file)
+    from_environment = list(_from_environment(environ))
     settings = _defaults(environ, file)
     for source in files:
         settings += _from_file(source)
-    from_environment = list(_from_environment(environ))
-    from_command_line = list(_from_command_line(overrides or {}))
-    config, origins = _build(settings + from_environment + from_command_line)
+    config, origins = _build([*settings, *from_environment, *_from_command_line(overrides or {})])
     if require_model and not config.model.path:
-        where = Origin("file", str(file)) if file else DEFAULT
-        hint = (
-            f" (no configuration file: looked for {', '.join(map(str, looked_at))})" if file is None else ""
-        )
-        problem = f"it is not set, and nothing can be served without a model{hint}; write it under [model]"
-        raise InvalidConfig([mistake(where, ("model", "path"), None, problem, allowed=_NAMES_MODEL)])
+        raise _no_model(file, looked_at)
     return Loaded(
         config,
         origins,
@@ -150,6 +132,23 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
+def _read_files(file: Path) -> list[TomlFile]:
+    """The file and its drop-ins, of which only the file must not be empty."""
+    main = read_toml(file)
+    if main.is_blank:
+        problem = "the file is empty; write at least [model]"
+        raise invalid(Origin("file", str(file)), problem, allowed=_NAMES_MODEL)
+    return [main, *map(read_toml, drop_ins(file))]
+
+
+def _no_model(file: Path | None, looked_at: list[Path]) -> InvalidConfig:
+    origin = Origin("file", str(file)) if file else DEFAULT
+    problem = "it is not set, and nothing can be served without a model; write it under [model]"
+    if file is None:
+        problem += f" (there is no configuration file: looked for {', '.join(map(str, looked_at))})"
+    return InvalidConfig([mistake(origin, ("model", "path"), None, problem, allowed=_NAMES_MODEL)])
+
+
 def _defaults(environ: Mapping[str, str], file: Path | None) -> Settings:
     folders = places(environ, file)
     origin = Origin("default", folders.reason)
@@ -162,12 +161,18 @@ def _defaults(environ: Mapping[str, str], file: Path | None) -> Settings:
 
 
 def _from_file(source: TomlFile) -> Settings:
+    def origin(path: tuple[str, ...], items: int = 0) -> Origin:
+        item_lines = tuple(source.lines.get((*path, index), 0) for index in range(items))
+        return Origin("file", str(source.path), source.lines.get(path), source.path.parent, item_lines)
+
     settings: Settings = []
+    tables: set[tuple[str, ...]] = set()
     for path, value in keys.table_leaves(source.tables):
-        count = len(value) if isinstance(value, list) else 0
-        items = tuple(source.lines.get((*path, index), 0) for index in range(count))
-        origin = Origin("file", str(source.path), source.lines.get(path), source.path.parent, items)
-        settings.append((path, value, origin))
+        for table in (path[:depth] for depth in range(1, len(path))):
+            if table not in tables:
+                tables.add(table)
+                settings.append((table, {}, origin(table)))
+        settings.append((path, value, origin(path, len(value) if isinstance(value, list) else 0)))
     return settings
 
 
@@ -238,7 +243,10 @@ def _build(settings: Settings) -> tuple[Config, dict[tuple[str, ...], Origin]]:
                 table[name] = {}
                 given[path[:depth]] = {}, origin
             table = table[name]
-        if value != {} or not isinstance(table.get(path[-1]), dict):
+        if value == {} and isinstance(table.get(path[-1]), dict):
+            if given[path][1].kind == "default":
+                given[path] = value, origin
+        else:
             table[path[-1]] = _resolved(path, value, origin.base)
             given[path] = value, origin
 

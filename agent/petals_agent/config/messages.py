@@ -149,10 +149,12 @@ def printable(text: str) -> str:
 def nearest_key(path: KeyPath) -> str:
     """The known key or [section] that an unknown one was probably meant to be, or ""."""
     name = str(path[-1])
+    elsewhere = {known[-1]: ".".join(known) for known in keys.schema_keys() if keys.ANY not in known}
+    if name in elsewhere or name in FROM_PETALS:
+        return elsewhere.get(name) or FROM_PETALS[name]
     if near := _closest(name, keys.siblings(path)):
         return f"[{near}]" if len(path) == 1 else key_text((*path[:-1], near))
-    elsewhere = {known[-1]: ".".join(known) for known in keys.schema_keys() if keys.ANY not in known}
-    return elsewhere.get(name) or FROM_PETALS.get(name) or elsewhere.get(_closest(name, list(elsewhere)), "")
+    return elsewhere.get(_closest(name, list(elsewhere)), "")
 
 
 def _shortened(text: str, length: int) -> str:

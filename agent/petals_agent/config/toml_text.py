@@ -17,7 +17,8 @@ def literal(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
-        return str(value) if abs(value) < 2**64 else hex(value)  # Python refuses thousands of decimal digits
+        # Python refuses to write thousands of decimal digits; such a number was given in hex, so it is not negative
+        return str(value) if value.bit_length() < 4096 else hex(value)
     if isinstance(value, float):
         return repr(value)  # inf and nan are spelled so in TOML too
     if isinstance(value, (datetime, date, time)):

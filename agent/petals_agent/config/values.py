@@ -9,14 +9,14 @@ YEAR_S = 365 * 86400.0
 MAX_BYTES = 2**60
 
 _DURATION_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-_DURATION_PART = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)[ ]?(ms|[dhms])[ ]?")
+_DURATION_PART = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)[ ]?(ms|[dhms])[ ]?")
 _SIZE_UNITS = {"b": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("kmgt", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
-_SIZE = re.compile(r"(\d{1,18})(?:\.(\d{1,9}))?[ ]?([a-z]{1,3})", re.IGNORECASE)
-_SPAN = re.compile(r"(\d{1,6}):(\d{1,6})")
+_SIZE = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?[ ]?([a-z]{1,3})", re.IGNORECASE)
+_SPAN = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
