@@ -17,6 +17,8 @@ from harness.swarm import StockServer, peer_python, start_bootstrap, start_stock
 from petals_agent.client.generate import Client
 from petals_agent.client.network import ClientOptions
 
+from .reference_server import through
+
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(300)]
 
 IDS = [5, 17, 99, 314, 271, 828, 182, 845]
@@ -102,17 +104,6 @@ def test_gradients(client: Client, local: LlamaForCausalLM, rows: int) -> None:
     for ours, expected in zip(gradients(True), gradients(False), strict=True):
         assert ours.shape == expected.shape
         assert (ours - expected).norm() < 1e-4 * expected.norm()
-
-
-def through(local: LlamaForCausalLM, hidden: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-    """The blocks by hand, with deep prompts."""
-    position_ids = torch.arange(hidden.shape[1])[None]
-    rotary = local.model.rotary_emb(hidden, position_ids)
-    mask = torch.full((hidden.shape[1],) * 2, float("-inf")).triu(1)[None, None]
-    for layer, prompt in zip(local.model.layers, prompts, strict=True):
-        hidden = torch.cat([hidden[:, : prompt.shape[1]] + prompt, hidden[:, prompt.shape[1] :]], 1)
-        hidden = layer(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary)
-    return hidden
 
 
 def test_rolling_back(client: Client, local: LlamaForCausalLM) -> None:

@@ -37,13 +37,14 @@ class PeerFailure(ClientError):
 
 # There are no error codes on the wire, only texts (protocol.md §2.3): those of published servers and our own.
 _BUSY = re.compile(
-    r"AllocationFailed|Could not allocate|cache is full|CacheFull|Refused|draining|loading|does not serve"
-    r"|protocols? not supported|no room"
+    r"AllocationFailed|Could not allocate|cache is full|cache units|CacheFull|Refused|is leaving|does not serve"
+    r"|protocols? not supported|try again|try another|lasted longer"
 )
+_LATE = re.compile(r"took longer|did not arrive")
 _REQUEST = re.compile(
-    r"(ValueError|KeyError|AssertionError|TypeError|RequestError|LimitExceeded|UnpicklingError)\("
+    r"(ValueError|KeyError|AssertionError|TypeError|RequestError|LimitExceeded)\("
     r"|Maximum length exceeded|Cannot allocate KV cache for|max_length|max_batch_size|adapter .* not found|prompts for"
-    r"|the limit here is"
+    r"|the limit here is|is expected|must be "
 )
 
 
@@ -51,7 +52,7 @@ def fault_of(text: str) -> Fault:
     """Read an error text that a peer sent."""
     if _BUSY.search(text):
         return Fault.BUSY
-    return Fault.REQUEST if _REQUEST.search(text) else Fault.PEER
+    return Fault.REQUEST if _REQUEST.search(text) and not _LATE.search(text) else Fault.PEER
 
 
 class Bans:

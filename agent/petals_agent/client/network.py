@@ -14,8 +14,9 @@ import torch
 from petals_agent.client import wire
 from petals_agent.client.blame import Bans, PeerFailure, fault_of
 from petals_agent.client.channel import Channel
-from petals_agent.client.routing import fastest_route, usable, widest_route
+from petals_agent.client.routing import fastest_route, uncovered, usable, widest_route
 from petals_agent.errors import SwarmError
+from petals_agent.p2p.daemon import Daemon, DaemonOptions
 from petals_agent.swarm.guard import RecordGuard
 from petals_agent.swarm.pings import PingBook, ping_all, sample
 from petals_agent.swarm.uids import chain_uid, check_prefix
@@ -26,8 +27,10 @@ from hivemind.p2p import P2P, PeerID  # isort: skip
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerError  # isort: skip
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure  # isort: skip
 from hivemind.proto import runtime_pb2  # isort: skip
+from hivemind.utils.multiaddr import Multiaddr  # isort: skip
 
-_ANNOUNCED_WITHIN = 5.0  # after a failure, a view of this age (seconds) is still believed
+_BELIEVED_AFTER_FAILURE = 5.0  # age of a view (seconds)
+_READ_AGAIN_AFTER = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Network:
         self.bans = Bans()
         self.pings = PingBook()
         self.rng = random.Random()
+        self._daemon: Daemon | None = None
         self._p2p: P2P | None = None
         self._node: DHTNode | None = None
         self._view: SwarmView | None = None
@@ -64,14 +68,17 @@ class Network:
     async def start(self) -> None:
         """Start p2pd and join the DHT as a client; raises SwarmError when no initial peer answers."""
         try:
-            self._p2p = await P2P.create(
-                initial_peers=self.initial_peers,
-                dht_mode="client",
-                no_listen=True,
-                auto_nat=False,
-                nat_port_map=False,
-                startup_timeout=self.options.startup_timeout,
+            self._daemon = await Daemon.start(
+                DaemonOptions(
+                    initial_peers=self.initial_peers,
+                    listen=(),
+                    client=True,
+                    auto_nat=False,
+                    nat_port_map=False,
+                    startup_timeout=self.options.startup_timeout,
+                )
             )
+            self._p2p = await P2P.replicate(Multiaddr(self._daemon.maddr))
             create = DHTNode.create(
                 p2p=self._p2p,
                 initial_peers=self.initial_peers,
@@ -80,7 +87,7 @@ class Network:
                 record_validator=RecordGuard(),
             )
             self._node = await asyncio.wait_for(create, self.options.startup_timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             await self.stop()
             raise SwarmError(
                 f"the DHT could not be joined within {self.options.startup_timeout:g} s through "
@@ -92,13 +99,16 @@ class Network:
 
     async def stop(self) -> None:
         """End p2pd; every open channel breaks."""
-        node, p2p, self._node, self._p2p = self._node, self._p2p, None, None
+        node, p2p, daemon = self._node, self._p2p, self._daemon
+        self._node = self._p2p = self._daemon = None
         if node is not None:
             await asyncio.wait_for(node.shutdown(), 10)
             if node.cache_refresh_task is not None:
                 node.cache_refresh_task.cancel()
         if p2p is not None:
             await asyncio.wait_for(p2p.shutdown(), 10)
+        if daemon is not None:
+            await daemon.stop()
 
     # --- who serves what
 
@@ -138,10 +148,11 @@ class Network:
         Peers in `avoid` are used only where nobody else is; `fresh` (after a failure) reads the DHT again. Raises
         ClientError that names the blocks without a server.
         """
-        view = await self.view(_ANNOUNCED_WITHIN if fresh else self.options.update_period)
-        if view.age(time.time()) > _ANNOUNCED_WITHIN and not all(view.coverage()[start:end]):
-            view = await self.view(_ANNOUNCED_WITHIN)  # somebody may have joined meanwhile
-        spans = usable(view.spans(), start, end, {*avoid, *self.bans.banned()})
+        avoid = {*avoid, *self.bans.banned()}
+        view = await self.view(_BELIEVED_AFTER_FAILURE if fresh else self.options.update_period)
+        if uncovered([span for span in view.spans() if span.peer_id not in avoid], start, end):
+            view = await self.view(_READ_AGAIN_AFTER)  # somebody may have joined meanwhile
+        spans = usable(view.spans(), start, end, avoid)
         rtts = self.pings.as_dict()
         if cache_tokens is None:
             return widest_route(spans, start, end, rtts, self.rng)
@@ -168,7 +179,7 @@ class Network:
         opening = p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), f"{wire.HANDLER}.{method}")
         try:
             _, reader, writer = await asyncio.wait_for(opening, timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise PeerFailure(peer_id, f"did not open a stream within {timeout:g} s") from None
         except (P2PDaemonError, ControlFailure, EOFError) as error:
             raise PeerFailure(peer_id, str(error), fault_of(str(error))) from error
@@ -200,7 +211,7 @@ class Network:
         )
         try:
             return wire.response(await asyncio.wait_for(calling, timeout), shapes, like=tensors[0])
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise PeerFailure(
                 peer_id, f"{method} of blocks {blocks[0]}:{blocks[1]} took over {timeout:g} s"
             ) from None

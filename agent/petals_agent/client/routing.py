@@ -83,16 +83,21 @@ def widest_route(
 def usable(spans: Sequence[Span], start: int, end: int, avoided: Collection[str]) -> list[Span]:
     """`spans` without the avoided peers, except where nobody else holds a block of [start, end)."""
     kept = [span for span in spans if span.peer_id not in avoided]
-    alone = [i for i in range(start, end) if not any(span.start <= i < span.end for span in kept)]
+    alone = uncovered(kept, start, end)
     back = [s for s in spans if s.peer_id in avoided and any(s.start <= i < s.end for i in alone)]
     return kept + back
+
+
+def uncovered(spans: Sequence[Span], start: int, end: int) -> list[int]:
+    """The blocks of [start, end) that none of `spans` holds."""
+    return [i for i in range(start, end) if not any(span.start <= i < span.end for span in spans)]
 
 
 def check_covered(spans: Sequence[Span], start: int, end: int) -> None:
     """Raises ClientError that names the blocks of [start, end) without a server."""
     if not 0 <= start < end:
         raise ClientError(f"there is no route over blocks {start}:{end}")
-    missing = [i for i in range(start, end) if not any(span.start <= i < span.end for span in spans)]
+    missing = uncovered(spans, start, end)
     if missing:
         raise ClientError(
             f"no ONLINE server holds block{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing[:10]))}"

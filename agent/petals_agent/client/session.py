@@ -25,6 +25,7 @@ from petals_agent.swarm.view import Span
 log = logging.getLogger("petals_agent.client")
 
 MAX_STEP_TOKENS = 1024  # longer prefills go in pieces, so that each is answered long before the timeout
+_ALLOC_TIMEOUT = 10.0  # seconds to queue for room at a server, once nobody had some at once
 _IDLE = 60.0  # seconds after which a closed stream is no fault of the server (its step timeout)
 
 
@@ -223,7 +224,7 @@ class InferenceSession:
         retry = Retry(self._network.bans, self._network.options.max_retries, f"blocks {start}:{end}")
         if lost is not None:
             retry.failed(lost[0], innocent=lost[1])
-        fresh = lost is not None
+        fresh, patience = lost is not None, 0.0
         while True:
             hops: list[_Hop] = []
             try:
@@ -235,28 +236,27 @@ class InferenceSession:
                     fresh=fresh,
                 )
                 messages = [*history.replay(MAX_STEP_TOKENS), message]
+                step_ids = [str(uuid.uuid4()) for _ in messages]  # the same at each server of the route
                 for span in route:
-                    hops.append(_Hop(ServerSession(self._network, span, self.max_length)))
-                    messages = await self._replay(hops[-1], messages)
+                    hops.append(_Hop(ServerSession(self._network, span, self.max_length, patience)))
+                    messages = await self._replay(hops[-1], messages, step_ids)
                 return messages[-1].hidden, hops
             except ClientError as error:
                 await self._close(hops)
-                wait, fresh = retry.failed(error), True
+                wait, fresh, patience = retry.failed(error), True, _ALLOC_TIMEOUT
                 log.warning("%s; next attempt for blocks %d:%d in %g s", error, start, end, wait)
             except BaseException:
                 await self._close(hops)
                 raise
             await asyncio.sleep(wait)
 
-    async def _replay(self, hop: _Hop, messages: list[Message]) -> list[Message]:
+    async def _replay(self, hop: _Hop, messages: list[Message], step_ids: list[str]) -> list[Message]:
         """All messages through one new server; returns what the next one gets."""
         outputs = []
-        for message in messages:
+        for message, step_id in zip(messages, step_ids, strict=True):
+            position = hop.server.position
             answer = await hop.server.step(
-                self._for_span(message, hop.server.span),
-                None,
-                step_id=str(uuid.uuid4()),
-                position=hop.server.position,
+                self._for_span(message, hop.server.span), None, step_id=step_id, position=position
             )
             hop.history.append(message)
             outputs.append(Message(answer, message.prompts))

@@ -32,10 +32,11 @@ def can_roll_back(version: str | None) -> bool:
 class ServerSession:
     """The KV cache of one session at one server. After a failure only `close` makes sense."""
 
-    def __init__(self, network: Network, span: Span, max_length: int) -> None:
+    def __init__(self, network: Network, span: Span, max_length: int, alloc_timeout: float = 0.0) -> None:
         self.network = network
         self.span = span
         self.max_length = max_length
+        self.alloc_timeout = alloc_timeout  # seconds that the server may let us wait for room in its cache
         self.session_id = str(uuid.uuid4())
         self.position = 0  # tokens in the server's cache
         self.steps = 0
@@ -67,6 +68,8 @@ class ServerSession:
         metadata["args_structure"] = wire.structure(3)
         if self.steps == 0:
             metadata |= {"max_length": self.max_length, "points": 0.0, "active_adapter": None}
+            if self.alloc_timeout:
+                metadata["alloc_timeout"] = self.alloc_timeout
         if position != self.position:
             metadata["start_from_position"] = position
         if next_servers:
@@ -81,7 +84,7 @@ class ServerSession:
             if self._channel is None:
                 self._channel = await self.network.open(self.span.peer_id, "rpc_inference")
             answer = await asyncio.wait_for(self._exchange(self._channel, request, message.hidden), timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise PeerFailure(self.span.peer_id, f"did not answer {what} within {timeout:g} s") from None
         except ValueError as error:
             raise PeerFailure(self.span.peer_id, f"{what}: {error}") from error
@@ -112,7 +115,7 @@ class ServerSession:
         try:
             if politely:
                 await asyncio.wait_for(self._say_goodbye(channel), _CLOSE_TIMEOUT)
-        except (PeerFailure, asyncio.TimeoutError):
+        except (TimeoutError, PeerFailure):
             pass  # it is over either way
         finally:
             channel.close()
