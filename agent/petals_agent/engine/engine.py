@@ -61,11 +61,13 @@ class Engine:
         backend: Backend,
         scheduler: Scheduler[StepWork] | None = None,
         *,
+        cache_tokens: int = 16384,
         keep_bytes: int = 2**30,
         parallel_tokens: int = 256,
     ) -> None:
         """A batch of `parallel_tokens` or more runs on all of torch's threads, smaller ones on one; a backward keeps
-        activations of up to `keep_bytes` rather than computing them twice.
+        activations of up to `keep_bytes` rather than computing them twice. `cache_tokens` of each block are what open
+        sessions are promised altogether.
         """
         self.backend = backend
         self.stats = EngineStats()
@@ -74,7 +76,7 @@ class Engine:
         self._parallel_tokens = parallel_tokens
         self._all_threads = torch.get_num_threads()
         self._threads = 0
-        self._cache = KVCache(backend.layers, backend.dtype, backend.device)
+        self._cache = KVCache(backend.layers, backend.dtype, backend.device, cache_tokens)
         self._inbox = _Inbox()
         self._training: deque[_Training] = deque()
         self._results: list[tuple[Callable[[Any], None], Any]] = []

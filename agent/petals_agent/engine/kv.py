@@ -2,7 +2,8 @@
 
 A slab holds one tensor per block, [2, slots, kv_heads, capacity, head_dim] (keys, then values). Capacity is the
 session's max_length rounded up to a half-octave; slabs of short sessions have many slots, long sessions get one of their
-own. A slot is zeroed when it is freed: stale values must stay finite (masked positions are still multiplied by zero), and no
+own. Shared slabs take at most the memory that sessions are promised altogether, whatever peers open and close; whoever
+finds no room in them gets a slab of exactly its size, so that all of them take at most twice the promise. A slot is zeroed when it is freed: stale values must stay finite (masked positions are still multiplied by zero), and no
 session may see another's.
 """
 
@@ -18,7 +19,6 @@ from petals_agent.engine.session import Session
 SLAB_TOKENS = 8192  # slots × capacity that one slab aims at
 MAX_SLOTS = 64
 MIN_CAPACITY = 64
-KEPT_SLABS = 2  # empty ones, of each size
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,12 @@ class Slab:
     """Slots of one capacity for one range of blocks."""
 
     def __init__(
-        self, layers: Sequence[LayerShape], slots: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: Sequence[LayerShape],
+        slots: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.slots, self.capacity = slots, capacity
         self.kv = [
@@ -73,6 +78,11 @@ class Slab:
     def empty(self) -> bool:
         return all(self._free)
 
+    @property
+    def size(self) -> int:
+        """Tokens × blocks."""
+        return self.slots * self.capacity * len(self.kv)
+
 
 @dataclass(eq=False, slots=True)
 class Place:
@@ -83,27 +93,30 @@ class Place:
 
 
 class KVCache:
-    """All slabs of a span. Memory is taken when a session takes its first step and returned when a slab is empty."""
+    """All slabs of a span. Memory is taken when a session takes its first step; empty slabs are kept for the next ones."""
 
-    def __init__(self, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device, tokens: int = 16384
+    ) -> None:
+        """`tokens` of each block is what open sessions are promised altogether."""
         self.layers, self.dtype, self.device = list(layers), dtype, device
-        self._slabs: dict[tuple[int, int, int], list[Slab]] = {}
+        self.held = 0  # tokens × blocks in all slabs
+        self._room = tokens * len(self.layers)  # that shared slabs may still take
+        self._slabs: dict[tuple[int, int, int], list[Slab]] = {}  # shared ones, by range and capacity
 
     def open(self, session: Session) -> Place:
         """Find or make room for a session; raises torch's out-of-memory error when there is none."""
         capacity = capacity_class(session.max_length)
-        slabs = self._slabs.setdefault((session.start, session.end, capacity), [])
-        for slab in slabs:
+        for slab in self._slabs.get((session.start, session.end, capacity), ()):
             first = slab.take(session.rows)
             if first is not None:
                 break
         else:
-            slots = max(session.rows, min(MAX_SLOTS, SLAB_TOKENS // capacity), 1)
-            slab = Slab(self.layers[session.start : session.end], slots, capacity, self.dtype, self.device)
-            slabs.append(slab)
-            taken = slab.take(session.rows)
-            assert taken is not None
-            first = taken
+            slab = self._shared(session, capacity) or self._make(
+                session, session.rows, max(session.max_length, 1)
+            )
+            first = slab.take(session.rows)
+            assert first is not None
         session.place = Place(slab, first)
         return session.place
 
@@ -113,13 +126,43 @@ class KVCache:
         if place is None:
             return
         session.place = None
-        place.slab.give_back(place.first, session.rows, session.written)
-        if place.slab.empty:
-            key = (session.start, session.end, place.slab.capacity)
-            slabs = self._slabs.get(key, [])
-            # keep a few: the next sessions of this size are likely, and fresh memory costs page faults
-            if sum(slab.empty for slab in slabs) > KEPT_SLABS or place.slab.capacity > SLAB_TOKENS:
-                slabs.remove(place.slab)
+        slab = place.slab
+        key = (session.start, session.end, slab.capacity)
+        if slab not in self._slabs.get(key, ()):  # its own one
+            self.held -= slab.size
+            return
+        slab.give_back(place.first, session.rows, session.written)
+        if slab.empty and slab.capacity > SLAB_TOKENS:
+            self._drop(key, slab)
+
+    def _shared(self, session: Session, capacity: int) -> Slab | None:
+        """A new slab for sessions like this one, or None when there is no room for it."""
+        slot = capacity * (session.end - session.start)
+        while self._room < slot * session.rows:
+            empty = next(
+                ((key, slab) for key, slabs in self._slabs.items() for slab in slabs if slab.empty), None
+            )
+            if empty is None:
+                return None
+            self._drop(*empty)
+        # at most half of what is left: sessions of another size may come
+        slots = min(MAX_SLOTS, SLAB_TOKENS // capacity, self._room // slot // 2)
+        slab = self._make(session, max(slots, session.rows), capacity)
+        self._slabs.setdefault((session.start, session.end, capacity), []).append(slab)
+        self._room -= slab.size
+        return slab
+
+    def _make(self, session: Session, slots: int, capacity: int) -> Slab:
+        slab = Slab(self.layers[session.start : session.end], slots, capacity, self.dtype, self.device)
+        self.held += slab.size
+        return slab
+
+    def _drop(self, key: tuple[int, int, int], slab: Slab) -> None:
+        self._slabs[key].remove(slab)
+        if not self._slabs[key]:
+            del self._slabs[key]
+        self._room += slab.size
+        self.held -= slab.size
 
     def reorder(self, session: Session, hypo_ids: torch.Tensor) -> None:
         """Row i continues row hypo_ids[i] (beam search): copy the used part of the cache along the batch."""
