@@ -129,7 +129,7 @@ def test_relative_paths_belong_to_the_file_that_sets_them(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/users/someone")
     drop_ins = file.with_name("petals-agent.toml.d")
     drop_ins.mkdir()
     (drop_ins / "a.toml").write_text(
@@ -137,7 +137,7 @@ def test_relative_paths_belong_to_the_file_that_sets_them(
     )
     config = read("[swarm]\nidentity = 'id.key'", {"control.socket": "c.sock"}).config
     assert config.swarm.identity == file.parent / "id.key"
-    assert config.plugins.dirs == (drop_ins / "plugins", Path("/abs"), Path("/home/someone/p"))
+    assert config.plugins.dirs == (drop_ins / "plugins", Path("/abs"), Path("/users/someone/p"))
     assert config.model.token_file == file.parent / "token"
     assert config.control.socket == elsewhere / "c.sock"
 

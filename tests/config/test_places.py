@@ -17,7 +17,7 @@ SYSTEMD = {
 
 
 def test_systemd_comes_first() -> None:
-    found = places({**SYSTEMD, "HOME": "/home/a"}, Path("/etc/petals-agent/petals-agent.toml"))
+    found = places({**SYSTEMD, "HOME": "/users/a"}, Path("/etc/petals-agent/petals-agent.toml"))
     assert (found.state, found.cache, found.runtime) == (
         Path("/var/lib/x"),
         Path("/var/cache/x"),
@@ -27,7 +27,7 @@ def test_systemd_comes_first() -> None:
 
 
 def test_the_systems_file_means_the_systems_folders() -> None:
-    found = places({"HOME": "/home/a"}, Path("/etc/petals-agent/petals-agent.toml"))
+    found = places({"HOME": "/users/a"}, Path("/etc/petals-agent/petals-agent.toml"))
     assert (found.state, found.runtime) == (Path("/var/lib/petals-agent"), Path("/run/petals-agent"))
 
 
@@ -41,13 +41,13 @@ def test_a_second_instance_shares_only_the_cache() -> None:
 
 def test_a_user_has_xdg_folders() -> None:
     found = places(
-        {"HOME": "/home/a", "XDG_RUNTIME_DIR": "/run/user/1", "XDG_CACHE_HOME": "not/absolute"},
+        {"HOME": "/users/a", "XDG_RUNTIME_DIR": "/run/user/1", "XDG_CACHE_HOME": "not/absolute"},
         Path("/x.toml"),
     )
-    assert found.state == Path("/home/a/.local/state/petals-agent")
-    assert found.cache == Path("/home/a/.cache/petals-agent")
+    assert found.state == Path("/users/a/.local/state/petals-agent")
+    assert found.cache == Path("/users/a/.cache/petals-agent")
     assert found.runtime == Path("/run/user/1/petals-agent")
-    assert places({"HOME": "/home/a"}).runtime == Path("/home/a/.local/state/petals-agent/run")
+    assert places({"HOME": "/users/a"}).runtime == Path("/users/a/.local/state/petals-agent/run")
 
 
 def test_a_named_file_must_exist(tmp_path: Path) -> None:
