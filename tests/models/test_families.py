@@ -193,6 +193,20 @@ WITHOUT: list[tuple[str, dict[str, Any]]] = [
     ("llama-llama3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     ("llama-longrope", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     ("llama-yarn", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "llama_4_scaling_beta": 0.0,
+            }
+            | {"original_max_position_embeddings": 8}
+        },
+    ),
+    ("ministral", {"sliding_window": 64}),
+    ("cwm", {"sliding_window": 64}),
     ("mistral", {"sliding_window": None}),
     ("mixtral", {"sliding_window": None}),
     ("mixtral", {"num_experts_per_tok": 1}),

@@ -63,6 +63,16 @@ def test_facts_need_no_weights(hub: Hub, cache: Path) -> None:
     assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
 
 
+def test_kept_headers_may_be_lost_or_torn(hub: Hub, cache: Path) -> None:
+    facts = open_model(REPO, cache_dir=cache).facts
+    hub.requests.clear()
+    assert open_model(REPO, cache_dir=cache).facts == facts
+    assert not [name for _, name, span in hub.requests if span]  # kept
+    (kept,) = cache.glob("models--*/headers-*.json")
+    kept.write_bytes(kept.read_bytes()[:50])
+    assert open_model(REPO, cache_dir=cache).facts == facts
+
+
 def test_fetches_only_the_shards_of_the_span_and_only_once(hub: Hub, cache: Path) -> None:
     source = open_model(REPO, cache_dir=cache)
     _same(source, hub, 1, 3)

@@ -35,6 +35,21 @@ _COMMON: dict[str, Any] = {
 _MIXED = ["sliding_attention", "full_attention"] * (BLOCKS // 2)
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _PLAIN = {"head_dim": _ABSENT, "num_key_value_heads": _ABSENT}  # families that have no such settings
+_LATENT: dict[str, Any] = {
+    "head_dim": _ABSENT,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
 _ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 8}
 
 
@@ -49,21 +64,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bloom": {**_PLAIN, "n_layer": BLOCKS, "n_head": 4},
     "cohere": {"logit_scale": 0.5, "use_qk_norm": True},
     "cohere2": {"sliding_window": WINDOW, "layer_types": _MIXED, "logit_scale": 0.5},
-    "deepseek_v3": {
-        "head_dim": _ABSENT,
-        "num_key_value_heads": 4,
-        "first_k_dense_replace": 2,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "moe_intermediate_size": 16,
-        "kv_lora_rank": 16,
-        "q_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 6,
-    },
+    "cwm": {"sliding_window": WINDOW, "layer_types": _MIXED},
+    "deepseek_v2": {**_LATENT, "topk_method": "greedy"},
+    "deepseek_v3": _LATENT,
     "ernie4_5": {},
     "exaone4": {"sliding_window": WINDOW, "layer_types": _MIXED},
     "falcon": {**_PLAIN, "multi_query": True},
@@ -107,6 +110,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {},
     "llama": {},
     "llama-bias-tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "llama-linear": _rope("linear", factor=4.0),
@@ -119,6 +123,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         long_factor=[2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
         factor=4.0,
     ),
+    "minimax_m2": _EXPERTS,
+    "ministral": {"sliding_window": WINDOW, "layer_types": _MIXED},
+    "ministral3": {**_rope("yarn", factor=4.0, llama_4_scaling_beta=0.5), "sliding_window": None},
     "mistral": {"sliding_window": WINDOW},
     "mistral-full": {"sliding_window": None},
     "mixtral": {**_EXPERTS, "sliding_window": WINDOW},

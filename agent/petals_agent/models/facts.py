@@ -105,7 +105,10 @@ def _kv_heads(text: JSON, family: Family, heads: int) -> int:
 
 
 def _kv_width(text: JSON, family: Family, heads: int, kv_heads: int, head_dim: int) -> int:
-    if family.model_type == "deepseek_v3":  # transformers caches the expanded heads, not the latent
+    if family.model_type in (
+        "deepseek_v2",
+        "deepseek_v3",
+    ):  # transformers caches the expanded heads, not the latent
         keys = number(text, "qk_nope_head_dim", default=128) + number(text, "qk_rope_head_dim", default=64)
         return heads * (keys + number(text, "v_head_dim", default=128))
     if family.model_type == "falcon" and text.get("new_decoder_architecture"):

@@ -108,7 +108,7 @@ class HubRepo:
     def headers(self, shards: Sequence[str]) -> dict[str, dict[str, TensorInfo]]:
         """The header of each shard; those not on disk are read with range requests and kept for the next start."""
         kept = self.folder / f"headers-{self.commit}.json"
-        known: dict[str, Any] = json.loads(kept.read_bytes()) if kept.exists() else {}
+        known = _kept_headers(kept)
         missing = [shard for shard in shards if shard not in known]
         if missing:
             with ThreadPoolExecutor(min(8, len(missing)), "hub-header") as pool:
@@ -289,6 +289,14 @@ def _verify(file: RemoteFile, repo: str) -> None:
         raise CheckpointError(
             f"{repo}: {file.name} arrived damaged (its SHA-256 is wrong) and was deleted; try again"
         )
+
+
+def _kept_headers(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # none yet, or torn: they are read again
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _write_whole(path: Path, data: bytes) -> None:
