@@ -63,6 +63,8 @@ async def announce(
             )
     except TimeoutError:
         raise SwarmError(f"the DHT did not take our {info.state.name} record within {timeout:g} s") from None
+    except Exception as error:  # hivemind raises what it likes, e.g. when p2pd has just ended
+        raise SwarmError(f"the DHT did not take our {info.state.name} record: {error!r}") from error
     stored = sum(bool(done) for done in results.values())
     if stored == 0 and count:
         raise SwarmError(f"the DHT refused our {info.state.name} record for blocks {span[0]}:{span[1]}")
@@ -72,7 +74,10 @@ async def announce(
 async def register_model(
     node: DHTNode, prefix: str, record: ModelRecord, *, update_period: float, timeout: float
 ) -> None:
-    """Store the model's entry in the public registry; private prefixes have none. Raises SwarmError."""
+    """Store the model's entry in the public registry; private prefixes have none.
+
+    Raises SwarmError after `timeout` seconds, or what hivemind raises.
+    """
     from hivemind.utils.timed_storage import get_dht_time
 
     if is_private(prefix):
