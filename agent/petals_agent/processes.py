@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import resource
 import signal
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,6 +26,12 @@ def die_with_parent() -> Callable[[], None]:
             os._exit(1)
 
     return in_child
+
+
+def raise_file_limit() -> None:
+    """Allow us and our children as many open files as we may have: each session takes one, the usual limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -63,7 +70,7 @@ async def end_child(process: asyncio.subprocess.Process, grace: float) -> None:
     _signal(process, signal.SIGCONT)
     try:
         await asyncio.wait_for(process.wait(), grace)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         _signal(process, signal.SIGKILL)
         await process.wait()
 

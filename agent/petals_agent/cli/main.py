@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ import typer
 
 from petals_agent import __version__
 from petals_agent.cli import config_commands, demo_command, generate_command
-from petals_agent.errors import AgentError
+from petals_agent.errors import AgentError, SwarmError
 
 app = typer.Typer(
     name="petals-agent",
@@ -24,10 +26,12 @@ app = typer.Typer(
 )
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="Configuration file; default: see `petals-agent config show`.")
+    Path | None,
+    typer.Option("--config", "-c", help="Configuration file; default: see `petals-agent config show`."),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Override one key, e.g. --set serve.blocks=0:4; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", help="Override one key, e.g. --set serve.blocks=0:4; may be repeated."),
 ]
 
 
@@ -37,7 +41,9 @@ app.command()(demo_command.demo)
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         typer.echo(f"petals-agent {__version__}")
         raise typer.Exit()
@@ -66,26 +72,23 @@ def status(
     from petals_agent.cli.status_view import print_status
     from petals_agent.supervisor.control import ask
 
-    socket = configured(config, None).control.socket
+    socket = configured(config, None, require_model=False).control.socket
 
-    def snapshot() -> dict[str, object]:
-        import asyncio
-
-        result: dict[str, object] = asyncio.run(ask(socket, {"do": "status"}))
-        return result
-
-    if not watch:
+    def show(clear: bool) -> None:
+        snapshot = asyncio.run(ask(socket, {"do": "status"}))
         if json_:
-            typer.echo(json.dumps(snapshot(), indent=2))
+            typer.echo(json.dumps(snapshot, indent=None if watch else 2))
         else:
-            print_status(snapshot())
-        return
-    while True:
-        if json_:
-            typer.echo(json.dumps(snapshot()))
-        else:
-            print_status(snapshot(), clear=True)
-        time.sleep(1.0)
+            print_status(snapshot, clear)
+
+    try:
+        show(clear=watch)
+        while watch:
+            time.sleep(1.0)
+            show(clear=True)
+    except KeyboardInterrupt:
+        if not watch:
+            raise
 
 
 @app.command()
@@ -94,42 +97,51 @@ def bootstrap(
         list[str] | None, typer.Option("--listen", help="Multiaddress to listen on; may be repeated.")
     ] = None,
     announce: Annotated[
-        list[str] | None, typer.Option("--announce", help="Multiaddress that others shall dial; may be repeated.")
+        list[str] | None,
+        typer.Option("--announce", help="Multiaddress that others shall dial; may be repeated."),
     ] = None,
     initial_peers: Annotated[
         list[str] | None, typer.Option("--initial-peers", help="Another entry node to join; may be repeated.")
     ] = None,
     identity: Annotated[
-        Path | None, typer.Option("--identity", help="Key file, made if missing; keeps the address over restarts.")
+        Path | None,
+        typer.Option("--identity", help="Key file, made if missing; keeps the address over restarts."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the addresses as one JSON object.")] = False,
 ) -> None:
     """Run a swarm's entry node: light, no model; prints the addresses that others join by."""
-    import asyncio
-    import os
-
+    from petals_agent.cli.settings import addresses
+    from petals_agent.config.multiaddr import Purpose
     from petals_agent.config.places import places
     from petals_agent.log import setup
     from petals_agent.supervisor.bootstrap import bootstrap as serve
 
     setup("info", "auto")
     folders = places(os.environ)
+    listen = addresses("--listen", listen, Purpose.LISTEN)
+    announce = addresses("--announce", announce, Purpose.ANNOUNCE)
+    initial_peers = addresses("--initial-peers", initial_peers, Purpose.DIAL)
 
     def ready(maddrs: Sequence[str]) -> None:
         if json_:
-            typer.echo(json.dumps({"maddrs": list(maddrs)}))
+            print(json.dumps({"maddrs": list(maddrs)}), flush=True)
             return
         typer.echo("This swarm can be joined at:")
         for maddr in maddrs:
             typer.echo(f"  {maddr}")
 
-    folders.runtime.mkdir(parents=True, exist_ok=True)
+    try:
+        folders.runtime.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SwarmError(
+            f"{folders.runtime} cannot be made ({error.strerror}); p2pd's socket lies there"
+        ) from error
     asyncio.run(
         serve(
             identity or folders.state / "bootstrap.key",
             listen or ["/ip4/0.0.0.0/tcp/31337", "/ip6/::/tcp/31337"],
-            announce or [],
-            initial_peers or [],
+            announce,
+            initial_peers,
             folders.runtime,
             ready,
         )

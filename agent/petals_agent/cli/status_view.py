@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _COLOURS = {"online": "green", "joining": "yellow", "starting": "yellow", "recovering": "red"}
@@ -22,19 +23,23 @@ def print_status(status: Mapping[str, Any], clear: bool = False) -> None:
     table.add_column(overflow="fold")
     state = str(status["state"])
     colour = _COLOURS.get(state, "white")
-    table.add_row("state", f"[{colour}]{state}[/] for {_duration(status['since'])}, up {_duration(status['uptime'])}")
+    since, uptime = _duration(status["since"]), _duration(status["uptime"])
+    table.add_row("state", f"[{colour}]{escape(state)}[/] for {since}, up {uptime}")
     span = f"{status['blocks']} of {status['num_blocks']}" if status["blocks"] else "not chosen yet"
-    table.add_row("model", f"{status['model']} ({status['dht_prefix'] or 'prefix not known yet'})")
-    table.add_row("blocks", span + (f" — {status['loading']}" if status["loading"] else ""))
+    table.add_row("model", escape(f"{status['model']} ({status['dht_prefix'] or 'prefix not known yet'})"))
+    table.add_row("blocks", escape(span + (f" — {status['loading']}" if status["loading"] else "")))
     if status["announced"]:
         table.add_row("announced", f"{status['announced']}, {_duration(status['announced_ago'])} ago")
-    table.add_row("network", str(status["network"]))
+    through = ", reached through relays" if status["relayed"] else ""
+    table.add_row("network", escape(f"{status['network']}, {status['peers']} DHT peers{through}"))
     table.add_row("peer id", str(status["peer_id"]))
     table.add_row("sessions", f"{status['sessions']} open, {status['in_flight']} requests in flight")
     used = status["cache_used"]
     table.add_row("cache", "—" if used is None else f"{used:.0%} used")
     table.add_row("served", f"{status['tokens']} tokens, {status['tokens_per_s']:.0f} tokens/s now")
-    table.add_row("engine", f"{status['backend'] or '—'} on {status['device'] or '—'}, {status['dtype'] or '—'}")
+    table.add_row(
+        "engine", f"{status['backend'] or '—'} on {status['device'] or '—'}, {status['dtype'] or '—'}"
+    )
     restarts = status["restarts"]
     table.add_row("restarts", f"container {restarts['container']}, p2pd {restarts['p2pd']}")
     console.print(table)

@@ -10,9 +10,8 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import uvloop
@@ -23,6 +22,7 @@ from petals_agent.container.loading import ServedModel
 from petals_agent.errors import AgentError, ContainerError
 from petals_agent.link import messages
 from petals_agent.link.channel import Channel
+from petals_agent.log import setup
 from petals_agent.p2p.attachment import Attachment
 from petals_agent.p2p.streams import StreamServer
 from petals_agent.serving.handlers import stream_handlers, unary_handlers
@@ -45,45 +45,45 @@ class Container:
         self._streams: StreamServer | None = None
 
     async def run(self) -> None:
-        """Until the agent says stop or is gone."""
+        """Until the agent says stop or is gone, whatever we are doing then."""
         self._channel.send(messages.Hello(package=__version__, pid=os.getpid()))
-        beats = asyncio.create_task(self._beat(), name="beat")
+        orders: asyncio.Queue[Incoming] = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(self._beat(), name="beat"),
+            asyncio.create_task(self._obey_all(orders), name="orders"),
+        ]
         try:
             while (message := await self._channel.receive()) is not None:
                 if isinstance(message, messages.Stop):
                     return
-                await self._obey(message)
+                orders.put_nowait(message)
         finally:
-            beats.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._close()
 
+    async def _obey_all(self, orders: asyncio.Queue[Incoming]) -> None:
+        """One after the other; the agent never sends a second one before the first is answered."""
+        while True:
+            message = await orders.get()
+            try:
+                await self._obey(message)
+            except Exception as error:
+                self._channel.send(_failed(message, error))
+
     async def _obey(self, message: Incoming) -> None:
-        doing: Callable[[], Awaitable[None]]
         match message:
             case messages.Inspect():
-                doing = lambda: self._inspect(message)  # noqa: E731
+                await self._inspect(message)
             case messages.Load():
-                doing = lambda: self._load(message)  # noqa: E731
+                await self._load(message)
             case messages.Attach():
-                doing = lambda: self._attach(message)  # noqa: E731
+                await self._attach(message)
             case messages.Drain():
-                doing = lambda: self._drain(message)  # noqa: E731
+                await self._drain(message)
             case _:
                 raise ContainerError(f"no method for message {message.type!r}")
-        try:
-            await doing()
-        except Exception as error:
-            known = isinstance(error, AgentError)
-            if not known:
-                log.exception("%s failed", message.type)
-            self._channel.send(
-                messages.Failed(
-                    doing=message.type,
-                    code=error.code if isinstance(error, AgentError) else "internal",
-                    exit_code=error.exit_code if isinstance(error, AgentError) else 70,
-                    message=str(error) if known else f"{type(error).__name__}: {error}",
-                )
-            )
 
     async def _inspect(self, message: messages.Inspect) -> None:
         config = config_from(json.loads(message.config))
@@ -94,7 +94,9 @@ class Container:
         if self._model is None:
             raise ContainerError("load came before inspect")
         started = time.monotonic()
-        backend, rates = await asyncio.to_thread(self._model.load, message.start, message.end, self._progress())
+        backend, rates = await asyncio.to_thread(
+            self._model.load, message.start, message.end, self._progress()
+        )
         self._server = self._model.server(backend, message.start, message.end)
         self._server.engine.start()
         hidden, blocks = backend.hidden_size, self._server.blocks
@@ -113,6 +115,8 @@ class Container:
                 inference_rps=rates.inference_rps,
                 cache_units=self._server.ledger.capacity,
                 load_s=time.monotonic() - started,
+                stream_path=self._streams.path,
+                stream_names=list(self._streams.handlers),
             )
         )
 
@@ -125,8 +129,7 @@ class Container:
             server.attachment = None
         server.client_mode = message.client_mode
         server.attachment = await Attachment.open(message.daemon, unary_handlers(server), streams)
-        names = [*unary_handlers(server), *stream_handlers(server)]
-        self._channel.send(messages.Attached(listen_path=streams.path, names=names))
+        self._channel.send(messages.Attached())
 
     async def _drain(self, message: messages.Drain) -> None:
         left = await self._server.drain(message.timeout) if self._server is not None else 0
@@ -176,8 +179,21 @@ class Container:
             self._server.engine.stop(timeout=1.0)
 
 
+def _failed(message: Incoming, error: Exception) -> messages.Failed:
+    """`error` as the agent is told of it; one that is not ours is logged with its traceback."""
+    if isinstance(error, AgentError):
+        return messages.Failed(
+            doing=message.type, code=error.code, exit_code=error.exit_code, message=str(error)
+        )
+    log.error("%s failed", message.type, exc_info=error)
+    text = f"{type(error).__name__}: {error}"
+    return messages.Failed(doing=message.type, code="internal", exit_code=70, message=text)
+
+
 async def _serve(link: socket.socket, socket_dir: Path) -> None:
     await Container(await Channel.open(link, messages.TO_CONTAINER), socket_dir).run()
+    # now, not at the interpreter's leisure: a load in a thread, or a daemon thread of torch, would hold it up
+    os._exit(0)
 
 
 def main() -> None:
@@ -186,17 +202,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="petals-agent-container", description=__doc__)
     parser.add_argument("--link-fd", type=int, required=True, help="inherited socketpair end to the agent")
     parser.add_argument("--socket-dir", type=Path, required=True)
-    parser.add_argument("--log-level", default="INFO")
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", default="auto")
     arguments = parser.parse_args()
-    logging.basicConfig(
-        level=arguments.log_level, stream=sys.stderr, format="%(levelname)s container %(name)s: %(message)s"
-    )
+    setup(arguments.log_level, arguments.log_format)
     # the agent decides when we end: an interactive Ctrl-C reaches the whole process group
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     uvloop.run(_serve(socket.socket(fileno=arguments.link_fd), arguments.socket_dir))
-    # daemon threads of torch must not hold up the exit
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from petals_agent.engine.backend import Backend
 from petals_agent.engine.kv import KVCache
 from petals_agent.engine.plan import StepPlan
 from petals_agent.engine.session import Session, StepWork
+from petals_agent.swarm.throughput import span_throughput
 
 log = logging.getLogger("petals_agent.throughput")
 
@@ -40,11 +42,10 @@ class Rates:
     inference_rps: float | None = None
 
 
-def combine(network_rps: float, forward_rps: float, inference_rps: float, blocks: int, relayed: bool) -> Rates:
-    """min(compute, network): a request crosses half of our span on average; relays pass a fifth of the traffic."""
-    compute = forward_rps / ((blocks + 1) / 2)
-    network = network_rps * (0.2 if relayed else 1.0)
-    return Rates(min(compute, network), network_rps, forward_rps, inference_rps)
+def combine(network_rps: float, forward_rps: float, inference_rps: float, blocks: int) -> Rates:
+    """The rates of a directly reachable server of `blocks` blocks."""
+    throughput = span_throughput(network_rps, forward_rps, blocks, relayed=False)
+    return Rates(throughput, network_rps, forward_rps, inference_rps)
 
 
 def link_bits_s() -> float:
@@ -110,7 +111,7 @@ class RateCache:
 
     def get(self, key: str) -> tuple[float, float, float] | None:
         """(network, forward, inference) tokens/s if they were measured before."""
-        entry = self._read().get(key)
+        entry: Any = self._read().get(key)
         try:
             network, forward, inference = (float(entry[name]) for name in ("network", "forward", "inference"))
         except (TypeError, KeyError, ValueError):
@@ -131,7 +132,7 @@ class RateCache:
         except OSError as error:
             log.warning("the measured throughput could not be kept in %s: %s", self.path, error)
 
-    def _read(self) -> dict[str, dict[str, float]]:
+    def _read(self) -> dict[str, Any]:
         try:
             entries = json.loads(self.path.read_text())
         except (OSError, ValueError):
@@ -139,9 +140,7 @@ class RateCache:
         return entries if isinstance(entries, dict) else {}
 
 
-def rates(
-    backend: Backend, blocks: int, model: str, version: str, cache: RateCache, *, anew: bool, relayed: bool = False
-) -> Rates:
+def rates(backend: Backend, blocks: int, model: str, version: str, cache: RateCache, *, anew: bool) -> Rates:
     """What to announce for `blocks` blocks: from the cache, or measured (`anew`: in any case)."""
     key = cache.key(model, backend, version)
     known = None if anew else cache.get(key)
@@ -149,5 +148,5 @@ def rates(
         forward, inference = measure(backend)
         known = (link_bits_s() / (16 * backend.hidden_size), forward, inference)
         cache.put(key, *known)
-        log.info("measured per block: %s", asdict(combine(*known, 1, relayed)))
-    return combine(*known, blocks, relayed)
+        log.info("measured per block: %s", asdict(combine(*known, 1)))
+    return combine(*known, blocks)

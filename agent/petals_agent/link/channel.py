@@ -46,7 +46,9 @@ class Channel(Generic[T]):
         try:
             (size,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if size > MAX_MESSAGE:
-                raise ContainerError(f"a message of {size} bytes came over the link; the limit is {MAX_MESSAGE}")
+                raise ContainerError(
+                    f"a message of {size} bytes came over the link; the limit is {MAX_MESSAGE}"
+                )
             body = await self._reader.readexactly(size)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None

@@ -101,18 +101,19 @@ class Loaded(_Message):
     inference_rps: float | None
     cache_units: int
     load_s: float
+    stream_path: str
+    """The socket that p2pd will bring streams to; p2pd must be told to forget it should we die."""
+    stream_names: list[str]
 
 
 class Attached(_Message):
-    """Handlers are registered; `listen_path` is what must be cleaned up in p2pd should we die."""
+    """Handlers are registered."""
 
     type: Literal["attached"] = "attached"
-    listen_path: str
-    names: list[str]
 
 
 class Beat(_Message):
-    """Once a second: facts, no conclusions."""
+    """Once a second: facts, no conclusions. `cache_units_left` is None while nothing is loaded."""
 
     type: Literal["beat"] = "beat"
     loop_lag_s: float
@@ -120,13 +121,15 @@ class Beat(_Message):
     queued: int = 0
     sessions: int = 0
     in_flight: int = 0
-    cache_units_left: int = 0
+    cache_units_left: int | None = None
     tokens: int = 0
     requests: int = 0
     batch_rows: float = 0.0
 
 
 class Drained(_Message):
+    """`in_flight` requests were still unanswered when the time was up."""
+
     type: Literal["drained"] = "drained"
     in_flight: int
 
@@ -146,4 +149,6 @@ ToAgent = Annotated[
     Hello | Inspected | Progress | Loaded | Attached | Beat | Drained | Failed, Field(discriminator="type")
 ]
 TO_CONTAINER: TypeAdapter[Inspect | Load | Attach | Drain | Stop] = TypeAdapter(ToContainer)
-TO_AGENT: TypeAdapter[Hello | Inspected | Progress | Loaded | Attached | Beat | Drained | Failed] = TypeAdapter(ToAgent)
+TO_AGENT: TypeAdapter[Hello | Inspected | Progress | Loaded | Attached | Beat | Drained | Failed] = (
+    TypeAdapter(ToAgent)
+)

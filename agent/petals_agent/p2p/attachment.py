@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
 from petals_agent.errors import DaemonError
-from petals_agent.p2p import control
 from petals_agent.p2p.streams import StreamServer
 
 from hivemind.p2p import P2P  # isort: skip
@@ -42,6 +42,10 @@ class Attachment:
                 await streams.attach(daemon)
         except Exception as error:
             if p2p is not None:
+                with contextlib.suppress(
+                    DaemonError
+                ):  # what we got before the failure would refuse our next attempt
+                    await streams.detach(daemon)
                 await close(p2p)
             reason = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else str(error)
             raise DaemonError(f"p2pd did not take our handlers: {reason}") from error
@@ -50,27 +54,21 @@ class Attachment:
     async def call(self, peer_id: str, name: str, body: bytes, timeout: float) -> bytes:
         """A unary call to another peer; raises TimeoutError or hivemind's errors."""
         async with asyncio.timeout(timeout):
-            answer: bytes = await self._p2p._client.call_unary_handler(PeerID.from_base58(peer_id), name, body)
+            answer: bytes = await self._p2p._client.call_unary_handler(
+                PeerID.from_base58(peer_id), name, body
+            )
         return answer
 
     async def close(self) -> None:
         """Drop the connection; p2pd forgets unary handlers by itself."""
         await close(self._p2p)
 
-    async def alive(self) -> bool:
-        """Whether the daemon still answers."""
-        try:
-            await control.identify(self.daemon, timeout=2.0)
-        except DaemonError:
-            return False
-        return True
-
 
 async def close(p2p: P2P) -> None:
     """End hivemind's connection to p2pd and the tasks on it (its own close leaves them to the garbage collector)."""
     p2p._terminate()
-    control = p2p._client.control
-    tasks = [task for task in (control._read_task, control._write_task, p2p._listen_task) if task is not None]
+    client = p2p._client.control
+    tasks = [task for task in (client._read_task, client._write_task, p2p._listen_task) if task is not None]
     await asyncio.gather(*tasks, return_exceptions=True)
 
 

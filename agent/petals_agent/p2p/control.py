@@ -14,6 +14,7 @@ from petals_agent.p2p import light
 
 light.install(without_torch=False)
 
+from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID  # noqa: E402
 from hivemind.proto import p2pd_pb2  # noqa: E402
 from hivemind.utils.multiaddr import Multiaddr  # noqa: E402
 
@@ -28,6 +29,10 @@ def unix_path(maddr: str) -> str:
 def unix_maddr_bytes(path: str) -> bytes:
     """The binary multiaddr of a unix socket."""
     return bytes(Multiaddr(f"/unix{path}").to_bytes())
+
+
+def _peer_bytes(peer_id: str) -> bytes:
+    return bytes(PeerID.from_base58(peer_id).to_bytes())
 
 
 def varint(value: int) -> bytes:
@@ -73,7 +78,7 @@ async def request(daemon: str, message: p2pd_pb2.Request, timeout: float = 5.0) 
     what = p2pd_pb2.Request.Type.Name(message.type)
     try:
         reply = await asyncio.wait_for(_exchange(daemon, message, what), timeout)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise DaemonError(f"p2pd did not answer {what} within {timeout:g} s") from None
     except (OSError, EOFError) as error:
         raise DaemonError(f"p2pd is not there ({what}: {error!r})") from error
@@ -110,10 +115,20 @@ async def remove_stream_handlers(daemon: str, listen_path: str, names: Sequence[
         )
 
 
+async def connect(daemon: str, peer_id: str, timeout: float) -> None:
+    """Let the daemon find and dial a peer (base58); raises DaemonError when that fails or takes longer than `timeout` s."""
+    message = p2pd_pb2.ConnectRequest(peer=_peer_bytes(peer_id))
+    await request(daemon, p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=message), timeout)
+
+
+async def disconnect(daemon: str, peer_id: str) -> None:
+    """Let the daemon close its connections to a peer (base58); raises DaemonError."""
+    message = p2pd_pb2.DisconnectRequest(peer=_peer_bytes(peer_id))
+    await request(daemon, p2pd_pb2.Request(type=p2pd_pb2.Request.DISCONNECT, disconnect=message))
+
+
 async def identify(daemon: str, timeout: float = 5.0) -> tuple[str, list[str]]:
     """The daemon's peer id (base58) and the multiaddresses it can be seen at; proof that it answers."""
-    from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
-
     reply = await request(daemon, p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY), timeout)
     peer = PeerID(reply.identify.id)
     return peer.to_base58(), [f"{Multiaddr(raw)}/p2p/{peer.to_base58()}" for raw in reply.identify.addrs]

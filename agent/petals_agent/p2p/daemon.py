@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +48,7 @@ def binary() -> Path:
 
 
 class Daemon:
-    """A running p2pd. `await Daemon.start(options)`, then `maddr` is its control address and `exited` a future."""
+    """A running p2pd. `await Daemon.start(options)`, then `maddr` is its control address."""
 
     def __init__(self, process: asyncio.subprocess.Process, maddr: str) -> None:
         self.process = process
@@ -63,19 +65,26 @@ class Daemon:
     async def start(cls, options: DaemonOptions) -> Daemon:
         """Start p2pd and wait until it answers.
 
-        Raises DaemonError with p2pd's last words when it exits, or after `startup_timeout` seconds.
+        Raises DaemonError when a listen port is taken, with p2pd's last words when it exits, or after `startup_timeout`
+        seconds.
         """
+        check_ports(options.listen)
         path = options.socket_dir / f"p2pd-{secrets.token_hex(4)}.sock"
-        process = await start_child(
-            _command(options, path),
-            environment={"GOLOG_LOG_LEVEL": os.environ.get("GOLOG_LOG_LEVEL", "error")},
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
+        try:
+            process = await start_child(
+                _command(options, path),
+                environment={"GOLOG_LOG_LEVEL": os.environ.get("GOLOG_LOG_LEVEL", "error")},
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+            )
+        except OSError as error:
+            raise DaemonError(
+                f"{binary()} cannot be started ({error}); reinstall hivemind's wheel"
+            ) from error
         self = cls(process, f"/unix{path}")
         try:
             await asyncio.wait_for(self._until_it_answers(path), options.startup_timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             await self.stop()
             raise DaemonError(
                 f"p2pd did not start within {options.startup_timeout:g} s (last words: {self._last_line or 'none'}); "
@@ -91,8 +100,7 @@ class Daemon:
             if self.process.returncode is not None:
                 await self._reader
                 raise DaemonError(
-                    f"p2pd ended at once with status {self.process.returncode}: {self._last_line or 'no output'}; "
-                    "is the listen port free and the identity readable?"
+                    f"p2pd ended at once with status {self.process.returncode}: {self._last_line or 'no output'}"
                 )
             if path.exists():
                 try:
@@ -118,6 +126,31 @@ class Daemon:
         await end_child(self.process, grace)
         await asyncio.gather(self._reader, return_exceptions=True)
         Path(control.unix_path(self.maddr)).unlink(missing_ok=True)
+
+
+def check_ports(listen: Sequence[str]) -> None:
+    """Raise DaemonError if p2pd could not listen on one of these multiaddresses alone.
+
+    p2pd itself does not tell: two of them share a port (SO_REUSEPORT) and steal each other's callers, and one that cannot
+    have all of its ports goes on with the others.
+    """
+    for maddr in listen:
+        _, family, host, transport, port, *_ = [*maddr.split("/"), "", "", "", "", ""]
+        if transport != "tcp" or port in ("", "0") or family not in ("ip4", "ip6"):
+            continue
+        try:
+            with socket.socket(socket.AF_INET if family == "ip4" else socket.AF_INET6) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == "ip6":
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind((host, int(port)))
+        except OSError as error:
+            if host == "::" and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                continue  # a host without IPv6 is served by the other addresses
+            taken = "another process listens there" if error.errno == errno.EADDRINUSE else error.strerror
+            raise DaemonError(
+                f"cannot listen on {maddr}: {taken}; free it or choose another address"
+            ) from None
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:
@@ -153,4 +186,7 @@ def _command(options: DaemonOptions, socket: Path) -> list[str]:
             flags[name] = ",".join(values)
     if not options.listen:
         flags["noListenAddrs"] = True
-    return [str(binary()), *(f"-{key}={int(value) if isinstance(value, bool) else value}" for key, value in flags.items())]
+    return [
+        str(binary()),
+        *(f"-{key}={int(value) if isinstance(value, bool) else value}" for key, value in flags.items()),
+    ]

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from petals_agent.p2p import light
 
 light.install(without_torch=True)
 
-from petals_agent.p2p.daemon import DaemonOptions  # noqa: E402
-from petals_agent.supervisor.network import Network  # noqa: E402
+from petals_agent.p2p.daemon import DaemonOptions, check_ports  # noqa: E402
+from petals_agent.processes import raise_file_limit  # noqa: E402
+from petals_agent.supervisor.network import DHT_TIMEOUT_S, Network  # noqa: E402
+from petals_agent.supervisor.reachability import Reachability  # noqa: E402
+from petals_agent.supervisor.sockets import remove_stale_sockets  # noqa: E402
+from petals_agent.supervisor.tasks import first  # noqa: E402
 from petals_agent.swarm.identity import IdentityLock, ensure_identity  # noqa: E402
-from petals_agent.swarm.reachability import ReachabilityProtocol  # noqa: E402
 
 log = logging.getLogger("petals_agent.bootstrap")
+
+_REFRESH_S = 30.0  # so that members who came and went are noticed
 
 
 async def bootstrap(
@@ -30,53 +37,46 @@ async def bootstrap(
 ) -> None:
     """Run until SIGINT or SIGTERM; `ready` is called with the multiaddresses to give to others.
 
-    Raises SwarmError, e.g. when the identity or the port cannot be used.
+    Raises SwarmError when the identity or a port cannot be used; initial peers that do not answer are waited for.
     """
-    await asyncio.to_thread(ensure_identity, identity)
-    lock = IdentityLock(identity)
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    check_ports(listen)
+    raise_file_limit()
+    remove_stale_sockets(socket_dir)
     options = DaemonOptions(
         identity=identity,
         listen=listen,
         announce=announce,
         initial_peers=initial_peers,
-        use_auto_relay=False,
         socket_dir=socket_dir,
     )
-    network = Network(options, lambda name, text: log.info("%s: %s", name, text))
-    checks = ReachabilityProtocol(lambda: network.maddrs)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    work = asyncio.create_task(_work(network, checks, ready), name="bootstrap")
-    stopped = asyncio.create_task(stop.wait(), name="stop")
+    network = Network(options, _note)  # looks at the identity before it may be made
+    await asyncio.to_thread(ensure_identity, identity)
+    lock = IdentityLock(identity)
+    reachability = Reachability(None, network, initial_peers, socket_dir, _note)
     try:
-        await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            work.result()
+        await first(stop.wait(), network.run(), reachability.run(), _refresh(network, ready))
     finally:
-        for task in (work, stopped):
-            task.cancel()
-        await asyncio.gather(work, stopped, return_exceptions=True)
-        await checks.stop()
+        await reachability.stop()
         await network.stop()
         lock.release()
 
 
-async def _work(network: Network, checks: ReachabilityProtocol, ready: Callable[[Sequence[str]], None]) -> None:
-    await network.start_once()
+async def _refresh(network: Network, ready: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Look for something now and then, as stock entry nodes do: it renews the routing table."""
+    await network.connected()
     ready(network.maddrs)
-    keeper = asyncio.create_task(network.keep(), name="network")
-    try:
-        while True:
-            await network.up.wait()
-            node, daemon = network.node, network.daemon
-            if node is None or daemon is None:
-                continue
-            await checks.attach(node.protocol.p2p)
-            while network.daemon is daemon and network.up.is_set():
-                await asyncio.sleep(1.0)
-                await checks.close_idle_probe()
-    finally:
-        keeper.cancel()
-        await asyncio.gather(keeper, return_exceptions=True)
+    while True:
+        await asyncio.sleep(_REFRESH_S)
+        connection = await network.connected()
+        try:
+            async with asyncio.timeout(DHT_TIMEOUT_S):
+                await connection.node.get(f"refresh.{secrets.token_hex(8)}", latest=True)
+        except Exception as error:  # hivemind raises what it likes, e.g. when p2pd has just ended
+            log.info("the routing table was not renewed: %s", error or type(error).__name__)
+
+
+def _note(name: str, text: str) -> None:
+    log.info("%s: %s", name, text)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from petals_agent import __version__
 from petals_agent.errors import AgentError, ConfigError, ContainerError, ModelError
@@ -31,7 +31,9 @@ Incoming = (
     | messages.Drained
     | messages.Failed
 )
-Answer = TypeVar("Answer", messages.Hello, messages.Inspected, messages.Loaded, messages.Attached, messages.Drained)
+Answer = TypeVar(
+    "Answer", messages.Hello, messages.Inspected, messages.Loaded, messages.Attached, messages.Drained
+)
 
 
 class ContainerProcess:
@@ -43,7 +45,6 @@ class ContainerProcess:
         self.beat_at = 0.0
         self.tokens_per_s = 0.0
         self.started = time.monotonic()
-        self.attached: messages.Attached | None = None
         self.on_progress: Callable[[messages.Progress], None] = lambda progress: None
         self._channel = channel
         self._awaited: tuple[type[Incoming], asyncio.Future[Incoming]] | None = None
@@ -55,8 +56,8 @@ class ContainerProcess:
         return self.process.pid
 
     @classmethod
-    async def start(cls, socket_dir: Path, log_level: str) -> ContainerProcess:
-        """Start the process; it imports torch while we go on. `hello` tells when it is there."""
+    async def start(cls, socket_dir: Path, log_level: str, log_format: str) -> ContainerProcess:
+        """Start the process; it imports torch while we go on. `hello` tells when it is there. Raises ContainerError."""
         ours, theirs = socket.socketpair()
         try:
             process = await start_child(
@@ -67,10 +68,17 @@ class ContainerProcess:
                     f"--link-fd={theirs.fileno()}",
                     f"--socket-dir={socket_dir}",
                     f"--log-level={log_level}",
+                    f"--log-format={log_format}",
                 ],
-                environment={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_cores())), "OMP_WAIT_POLICY": "PASSIVE"},
+                environment={
+                    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_cores())),
+                    "OMP_WAIT_POLICY": "PASSIVE",
+                },
                 pass_fds=(theirs.fileno(),),
             )
+        except OSError as error:
+            ours.close()
+            raise ContainerError(f"no container could be started: {error}") from error
         finally:
             theirs.close()
         return cls(process, await Channel.open(ours, messages.TO_AGENT))
@@ -98,19 +106,20 @@ class ContainerProcess:
             result = await self._within(future, timeout, message.type)
         finally:
             self._awaited = None
-        if isinstance(result, messages.Attached):
-            self.attached = result
         assert isinstance(result, answer)
         return result
 
     async def _within(self, future: asyncio.Future[Incoming], timeout: float | None, doing: str) -> Incoming:
-        ended = asyncio.ensure_future(self.process.wait())
+        ended = asyncio.create_task(self.process.wait())
+        waited: set[asyncio.Future[Any]] = {future, ended}
         try:
-            await asyncio.wait({future, ended}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if future.done():
                 return future.result()
             if ended.done():
-                raise ContainerError(f"the container ended ({describe_exit(ended.result())}) before it could {doing}")
+                raise ContainerError(
+                    f"the container ended ({describe_exit(ended.result())}) before it could {doing}"
+                )
             raise ContainerError(f"the container did not {doing} within {timeout:g} s")
         finally:
             ended.cancel()
@@ -141,9 +150,13 @@ class ContainerProcess:
             elif isinstance(message, expected):
                 future.set_result(message)
 
-    async def wait(self) -> str:
+    @property
+    def alive(self) -> bool:
+        return self.process.returncode is None
+
+    async def ended(self) -> str:
         """Until the process ends; says how it ended."""
-        return describe_exit(await self.process.wait())
+        return f"the container ended: {describe_exit(await self.process.wait())}"
 
     def kill(self) -> None:
         """SIGKILL, e.g. because it hangs."""
@@ -155,7 +168,7 @@ class ContainerProcess:
         self._channel.send(messages.Stop())
         try:
             await asyncio.wait_for(self.process.wait(), grace)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             self.kill()
             await end_child(self.process, 0.0)
         self._reader.cancel()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from petals_agent import __version__
+from petals_agent.link import messages
 
 if TYPE_CHECKING:
     from petals_agent.supervisor.agent import Agent
@@ -28,6 +30,8 @@ class Status:
     announced: str | None
     announced_ago: float | None
     network: str
+    relayed: bool | None
+    peers: int
     maddrs: list[str]
     sessions: int
     in_flight: int
@@ -53,13 +57,14 @@ class Status:
 def read_status(agent: Agent) -> Status:
     """Collect the snapshot."""
     now = time.time()
-    container, model, loaded = agent.container, agent.model, agent.loaded
-    beat = container.beat if container is not None and loaded is not None else None
-    network = agent.network
-    cache_used = None
-    if loaded is not None and beat is not None and loaded.cache_units:
-        cache_used = 1 - beat.cache_units_left / loaded.cache_units
-    progress = agent.progress if loaded is None else None
+    serving, network, announced = agent.serving, agent.network, agent.announcing.announced
+    container, model, loaded, span = serving.container, serving.model, serving.loaded, serving.span
+    beat, progress, left = (
+        serving.beat or messages.Beat(loop_lag_s=0.0),
+        serving.progress,
+        serving.cache_units_left,
+    )
+    connection = network.connection
     return Status(
         state=agent.life.state.value,
         since=now - agent.life.since,
@@ -67,30 +72,33 @@ def read_status(agent: Agent) -> Status:
         version=__version__,
         model=str(agent.config.model.path),
         dht_prefix=model.dht_prefix if model is not None else None,
-        blocks=f"{agent.span[0]}:{agent.span[1]}" if agent.span is not None else None,
+        blocks=f"{span[0]}:{span[1]}" if span is not None else None,
         num_blocks=model.num_blocks if model is not None else None,
         loading=f"{progress.text} {progress.done}/{progress.total}" if progress is not None else None,
-        announced=agent.announced.state.name.lower() if agent.announced is not None else None,
-        announced_ago=now - agent.announced.at if agent.announced is not None else None,
-        network=network.problem or ("connected" if network.up.is_set() else "connecting"),
+        announced=announced.state.name.lower() if announced is not None else None,
+        announced_ago=now - announced.at if announced is not None else None,
+        network=network.problem or ("connected" if connection is not None else "connecting"),
+        relayed=agent.reachability.relayed if agent.reachability.known.is_set() else None,
+        peers=network.peers,
         maddrs=network.maddrs,
-        sessions=beat.sessions if beat is not None else 0,
-        in_flight=beat.in_flight if beat is not None else 0,
-        queued=beat.queued if beat is not None else 0,
-        requests=beat.requests if beat is not None else 0,
-        tokens=beat.tokens if beat is not None else 0,
+        sessions=beat.sessions,
+        in_flight=beat.in_flight,
+        queued=beat.queued,
+        requests=beat.requests,
+        tokens=beat.tokens,
         tokens_per_s=container.tokens_per_s if container is not None and loaded is not None else 0.0,
-        batch_rows=beat.batch_rows if beat is not None else 0.0,
-        cache_used=cache_used,
-        throughput=loaded.throughput if loaded is not None else None,
+        batch_rows=beat.batch_rows,
+        cache_used=1 - left / loaded.cache_units if loaded is not None and left is not None else None,
+        throughput=agent.announcing.throughput,
         backend=loaded.backend if loaded is not None else None,
         device=model.device if model is not None else None,
         dtype=model.dtype if model is not None else None,
         pids={
-            "container": container.pid if container is not None and container.process.returncode is None else None,
-            "p2pd": network.daemon.pid if network.daemon is not None else None,
+            "agent": os.getpid(),
+            "container": container.pid if container is not None and container.alive else None,
+            "p2pd": connection.daemon.pid if connection is not None else None,
         },
-        restarts={"container": agent.container_restarts, "p2pd": max(network.restarts, 0)},
+        restarts={"container": serving.restarts, "p2pd": network.restarts},
         uptime=now - agent.started,
         events=[asdict(event) for event in list(agent.life.events)[-10:]],
     )

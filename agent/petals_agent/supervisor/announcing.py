@@ -1,0 +1,161 @@
+"""Tells the swarm what we serve: at every change and each update period; and measures the way to those that follow us."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from typing import NoReturn
+
+from petals_agent import __version__
+from petals_agent.config.schema import Config
+from petals_agent.errors import SwarmError
+from petals_agent.supervisor.network import Connection, Network
+from petals_agent.supervisor.reachability import Reachability
+from petals_agent.supervisor.serving import Serving
+from petals_agent.supervisor.states import Life
+from petals_agent.supervisor.tasks import first
+from petals_agent.swarm.announcer import Announced, announce, register_model
+from petals_agent.swarm.pings import PingBook, ping_all, ping_targets
+from petals_agent.swarm.records import ModelRecord, ServerInfo, ServerState
+from petals_agent.swarm.throughput import span_throughput
+from petals_agent.swarm.view import read_view
+
+log = logging.getLogger("petals_agent.announcing")
+
+STORE_TIMEOUT_S = 10.0
+OFFLINE_TIMEOUT_S = 2.0
+_BACKOFF_S = (1.0, 2.0, 5.0, 10.0)
+
+
+class Announcing:
+    """`run()` as a task, then `say_offline()`; `announced` is what the DHT took last."""
+
+    def __init__(
+        self, config: Config, network: Network, reachability: Reachability, serving: Serving, life: Life
+    ) -> None:
+        self._config = config
+        self._network = network
+        self._reachability = reachability
+        self._serving = serving
+        self._life = life
+        self._pings = PingBook()
+        self._rng = random.Random()
+        self._first_said = asyncio.Event()
+        self.announced: Announced | None = None
+
+    async def run(self) -> None:
+        """Keep our record in the DHT true, and what it says of our neighbours fresh."""
+        await first(self._keep_record(), self._keep_neighbours())
+
+    async def say_offline(self) -> None:
+        """The last record, if there was another one; takes at most 2 s."""
+        if self.announced is None:
+            return
+        try:
+            if self._network.connection is None:
+                raise SwarmError("there is no connection to the swarm")
+            await self._announce(self._network.connection, ServerState.OFFLINE, OFFLINE_TIMEOUT_S)
+        except SwarmError as error:
+            self._life.note("announce", f"the OFFLINE record did not go out: {error}")
+
+    @property
+    def throughput(self) -> float | None:
+        """tokens/s of our span as announced; None before it is known."""
+        loaded = self._serving.loaded
+        if loaded is None:
+            configured = self._config.serve.throughput
+            return None if isinstance(configured, str) else float(configured)
+        if loaded.network_rps is None or loaded.forward_rps is None:
+            return loaded.throughput
+        blocks, relayed = loaded.end - loaded.start, self._reachability.relayed
+        return span_throughput(loaded.network_rps, loaded.forward_rps, blocks, relayed=relayed)
+
+    async def _keep_record(self) -> NoReturn:
+        period = self._config.swarm.update_period
+        changed, due, failures = self._serving.changed, float("inf"), 0
+        while True:
+            try:
+                async with asyncio.timeout(max(due - time.monotonic(), 0.0)):
+                    await changed.wait()
+            except TimeoutError:
+                pass
+            connection = await self._network.connected()
+            changed.clear()
+            due = time.monotonic() + period
+            if self._serving.span is None:
+                continue
+            try:
+                await self._announce(connection, self._serving.state, min(period, STORE_TIMEOUT_S))
+            except SwarmError as error:
+                if not failures:
+                    self._life.note("announce", f"{error}; trying again")
+                due = time.monotonic() + min(period, _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+                failures += 1
+                continue
+            if failures:
+                self._life.note("announce", f"the DHT takes our record again, after {failures} failures")
+            failures = 0
+            self._first_said.set()
+
+    async def _announce(self, connection: Connection, state: ServerState, timeout: float) -> None:
+        model, span = self._serving.model, self._serving.span
+        assert model is not None and span is not None
+        before = self.announced
+        self.announced = await announce(
+            connection.node,
+            connection.daemon.peer_id,
+            model.dht_prefix,
+            span,
+            self._record(state, span, model.dtype),
+            update_period=self._config.swarm.update_period,
+            timeout=timeout,
+        )
+        if before is None or before.state is not state:
+            self._life.note("announce", f"{state.name} for blocks {span[0]}:{span[1]}")
+
+    def _record(self, state: ServerState, span: tuple[int, int], dtype: str) -> ServerInfo:
+        """Our record as it is true now."""
+        loaded = self._serving.loaded
+        return ServerInfo(
+            state=state,
+            throughput=self.throughput or 0.0,
+            start_block=span[0],
+            end_block=span[1],
+            public_name=self._config.swarm.public_name or None,
+            version=__version__,
+            network_rps=loaded.network_rps if loaded is not None else None,
+            forward_rps=loaded.forward_rps if loaded is not None else None,
+            inference_rps=loaded.inference_rps if loaded is not None else None,
+            torch_dtype=dtype,
+            quant_type="none",
+            using_relay=self._reachability.relayed,
+            cache_tokens_left=self._serving.cache_units_left,
+            next_pings=self._pings.as_dict() if state is not ServerState.OFFLINE else None,
+        )
+
+    async def _keep_neighbours(self) -> NoReturn:
+        """Each period: the registry's entry, pings to following servers (told at once when new), peers to remember."""
+        await self._first_said.wait()
+        while True:
+            connection = await self._network.connected()
+            before = self._pings.as_dict()
+            try:
+                await self._look_around(connection)
+            except Exception as error:  # hivemind raises what it likes, e.g. when p2pd has just ended
+                log.info("the neighbours were not looked at: %s", error or type(error).__name__)
+            if self._pings.as_dict().keys() - before.keys():
+                self._serving.changed.set()
+            await asyncio.sleep(self._config.swarm.update_period)
+
+    async def _look_around(self, connection: Connection) -> None:
+        model, span, node = self._serving.model, self._serving.span, connection.node
+        assert model is not None and span is not None
+        period = self._config.swarm.update_period
+        record = ModelRecord(model.num_blocks, model.repository)
+        await register_model(node, model.dht_prefix, record, update_period=period, timeout=STORE_TIMEOUT_S)
+        view = await read_view(node, model.dht_prefix, model.num_blocks)
+        targets = ping_targets(view, connection.daemon.peer_id, *span, self._rng)
+        await ping_all(node, targets, self._pings)
+        await self._network.remember_peers()

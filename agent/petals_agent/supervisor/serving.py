@@ -1,0 +1,208 @@
+"""Keeps a container serving our blocks: started, loaded, attached to each p2pd, and replaced when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from petals_agent.config.messages import check_span
+from petals_agent.config.schema import Config
+from petals_agent.errors import ContainerError, ModelError, SwarmError
+from petals_agent.link import messages
+from petals_agent.p2p.control import remove_stream_handlers
+from petals_agent.supervisor.container import ContainerProcess
+from petals_agent.supervisor.network import Connection, Network
+from petals_agent.supervisor.reachability import Reachability
+from petals_agent.supervisor.states import Life, State
+from petals_agent.supervisor.tasks import first
+from petals_agent.swarm.choice import choose_span
+from petals_agent.swarm.records import ServerState
+from petals_agent.swarm.view import read_view
+
+HELLO_TIMEOUT_S = 60.0
+ATTACH_TIMEOUT_S = 15.0
+_FLUSH_S = 0.2
+_RESTART_BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_STEADY_S = 60.0  # a container that lived so long starts the back-off anew
+
+
+class Serving:
+    """`run()` as a task, then `leave()`. What is served and how, for announcements and status; `changed` when it did."""
+
+    def __init__(self, config: Config, network: Network, reachability: Reachability, life: Life) -> None:
+        self._config = config
+        self._network = network
+        self._reachability = reachability
+        self._life = life
+        self._rng = random.Random()
+        self.changed = asyncio.Event()
+        self.state = ServerState.JOINING
+        self.model: messages.Inspected | None = None
+        self.span: tuple[int, int] | None = None
+        self.loaded: messages.Loaded | None = None
+        self.progress: messages.Progress | None = None
+        self.container: ContainerProcess | None = None
+        self.restarts = 0
+
+    async def run(self) -> NoReturn:
+        """Keep a container serving. Raises ConfigError or ModelError where another one would do no better."""
+        failures = 0
+        while True:
+            began = time.monotonic()
+            try:
+                ended = await self._one_container()
+            except ContainerError as error:
+                ended = str(error)
+            failures = 1 if time.monotonic() - began > _STEADY_S else failures + 1
+            self.restarts += 1
+            self._life.note("container", f"{ended}; starting another one")
+            if self._life.state is not State.STARTING:
+                self._life.enter(State.RECOVERING, ended)
+            await self._clean_up()
+            self._announce_as(ServerState.JOINING)
+            await asyncio.sleep(_RESTART_BACKOFF_S[min(failures, len(_RESTART_BACKOFF_S)) - 1])
+
+    @property
+    def beat(self) -> messages.Beat | None:
+        """The last facts from a loaded container."""
+        return self.container.beat if self.container is not None and self.loaded is not None else None
+
+    @property
+    def cache_units_left(self) -> int | None:
+        """Free KV cache as announced; None while nothing is loaded."""
+        if self.loaded is None:
+            return None
+        left = self.beat.cache_units_left if self.beat is not None else None
+        return self.loaded.cache_units if left is None else left
+
+    async def leave(self, timeout: float | None) -> None:
+        """Refuse new requests, wait `timeout` seconds (None: without limit) for those in flight, end the container."""
+        container = self.container
+        if container is None:
+            return
+        if self.state is ServerState.ONLINE and container.alive:
+            await self._drain(container, timeout)
+            await container.stop(grace=2.0)
+        else:
+            await container.stop(grace=0.0)
+        self.loaded = None
+
+    async def _drain(self, container: ContainerProcess, timeout: float | None) -> None:
+        try:
+            limit = None if timeout is None else timeout + 1.0
+            drained = await container.request(messages.Drain(timeout=timeout), messages.Drained, limit)
+        except ContainerError as error:
+            self._life.note("drain", f"not drained: {error}")
+            return
+        if drained.in_flight:
+            self._life.note(
+                "drain", f"{drained.in_flight} requests were still unanswered after {timeout:g} s"
+            )
+        await asyncio.sleep(_FLUSH_S)  # p2pd is still passing on the last answers
+
+    async def _one_container(self) -> str:
+        """From start to end of one container; returns how it ended."""
+        config = self._config
+        container = await ContainerProcess.start(
+            config.control.socket.parent, config.log.level, config.log.format
+        )
+        self.container = container
+        container.on_progress = self._take_progress
+        return await first(container.ended(), self._serve(container))
+
+    async def _serve(self, container: ContainerProcess) -> NoReturn:
+        await container.hello(HELLO_TIMEOUT_S)
+        inspect = messages.Inspect(config=self._config.model_dump_json())
+        model = await container.request(inspect, messages.Inspected, timeout=None)
+        if self.span is None:
+            self.span = await self._choose(model)
+            self._life.enter(State.JOINING, f"loading blocks {self.span[0]}:{self.span[1]}")
+        self.model = model
+        self._announce_as(ServerState.JOINING)
+        load = messages.Load(start=self.span[0], end=self.span[1])
+        self.loaded = await container.request(load, messages.Loaded, timeout=None)
+        self.progress = None
+        await self._reachability.known.wait()
+        while True:
+            connection = await self._network.connected()
+            await self._attach(container, connection)
+            if not connection.lost.is_set():
+                self._life.enter(State.ONLINE, f"serving blocks {self.span[0]}:{self.span[1]}")
+                self._announce_as(ServerState.ONLINE)
+                await connection.lost.wait()
+            self.state = ServerState.JOINING  # to be said only if the next p2pd takes long
+            self._life.enter(State.RECOVERING, "p2pd is being replaced")
+
+    async def _attach(self, container: ContainerProcess, connection: Connection) -> None:
+        """Let the container serve on this p2pd; tried again until it does or that p2pd is gone."""
+        daemon = connection.daemon
+        attach = messages.Attach(daemon=daemon.maddr, peer_id=daemon.peer_id, client_mode=connection.client)
+        for pause in itertools.chain((0.1, 0.2, 0.5, 1.0), itertools.repeat(2.0)):
+            try:
+                await container.request(attach, messages.Attached, ATTACH_TIMEOUT_S)
+                return
+            except ContainerError as error:
+                if connection.lost.is_set():
+                    return
+                self._life.note("attach", f"{error}; trying again")
+            await asyncio.sleep(pause)
+
+    async def _clean_up(self) -> None:
+        """End what is left of the container; p2pd would go on sending streams to the socket of a dead one."""
+        container, loaded = self.container, self.loaded
+        self.loaded = self.progress = None
+        if container is not None:
+            await container.stop(grace=0.0)
+        if loaded is None:
+            return
+        Path(loaded.stream_path).unlink(missing_ok=True)
+        connection = self._network.connection
+        if connection is not None:
+            await _forget_streams(connection.daemon.maddr, loaded.stream_path, loaded.stream_names)
+
+    async def _choose(self, model: messages.Inspected) -> tuple[int, int]:
+        """The span to serve: as configured, or where the swarm needs it most (protocol.md §9.4)."""
+        serve = self._config.serve
+        if serve.span is not None:
+            check_span(serve.blocks, model.num_blocks, self._config.origin("serve.blocks"))
+            return serve.span
+        count = model.fit_blocks if serve.num_blocks == "auto" else serve.num_blocks
+        if count < 1:
+            raise ModelError(
+                f"not one block of {self._config.model.path} fits into the free memory of {model.device}; "
+                "free some, choose a smaller dtype or set serve.num_blocks"
+            )
+        if count >= model.num_blocks:
+            return 0, model.num_blocks
+        await self._network.connected()
+        await asyncio.sleep(self._rng.random() * 2 * self._config.balance.mean_block_selection_delay)
+        while True:
+            connection = await self._network.connected()
+            try:
+                view = await read_view(connection.node, model.dht_prefix, model.num_blocks)
+                if view.unread:
+                    raise SwarmError(f"{len(view.unread)} of {model.num_blocks} blocks gave no answer")
+                return choose_span(view, count, connection.daemon.peer_id)
+            except Exception as error:  # hivemind raises what it likes, e.g. when p2pd has just ended
+                self._life.note("choose", f"the swarm could not be read: {error}; trying again")
+                await asyncio.sleep(1.0)
+
+    def _announce_as(self, state: ServerState) -> None:
+        self.state = state
+        self.changed.set()
+
+    def _take_progress(self, progress: messages.Progress) -> None:
+        self.progress = progress
+
+
+async def _forget_streams(daemon: str, path: str, names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            await remove_stream_handlers(daemon, path, [name])
+        except SwarmError:
+            pass  # it was never attached, or that p2pd is gone
