@@ -126,12 +126,11 @@ class HubRepo:
         return parse_header(first[8 : 8 + length], name, None)
 
     def _range(self, name: str, start: int, end: int) -> bytes:
-        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub import get_session
 
-        headers = self._headers() | {"range": f"bytes={start}-{end - 1}"}
-        with get_session().stream(
-            "GET", self._url(hf_hub_url, name), headers=headers, timeout=30
-        ) as response:
+        span = {"range": f"bytes={start}-{end - 1}", "accept-encoding": "identity"}
+        headers = self._headers() | span
+        with get_session().stream("GET", self._url(name), headers=headers, timeout=30) as response:
             _raise_for_status(response)
             data = bytearray()
             for chunk in response.iter_bytes(1 << 16):  # not .read(): a server may ignore the range
@@ -145,7 +144,9 @@ class HubRepo:
 
         return build_hf_headers(token=self.token)
 
-    def _url(self, hf_hub_url: Callable[..., str], name: str) -> str:
+    def _url(self, name: str) -> str:
+        from huggingface_hub import hf_hub_url
+
         return hf_hub_url(self.repo, name, revision=self.commit)
 
     def stored(self, name: str) -> Path | None:
@@ -167,11 +168,11 @@ class HubRepo:
 
     def describe(self, name: str) -> RemoteFile:
         """Size and place of a large file; asks the Hub."""
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import get_hf_file_metadata
 
         with _explained(self.repo, name):
             found: HfFileMetadata = get_hf_file_metadata(
-                self._url(hf_hub_url, name), token=self.token, retry_on_errors=True
+                self._url(name), token=self.token, retry_on_errors=True
             )
         if found.etag is None or found.size is None:
             raise CheckpointError(
@@ -205,7 +206,6 @@ class HubRepo:
 
     def _transfer(self, file: RemoteFile, out: IO[bytes], report: Report) -> None:
         """Append to `out` until it is whole; a break is retried for as long as bytes keep arriving."""
-        from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
 
         def meter(**_: Any) -> _Meter:
@@ -219,7 +219,7 @@ class HubRepo:
             try:
                 with _explained(self.repo, file.name, file.partial):
                     http_get(
-                        self._url(hf_hub_url, file.name),
+                        self._url(file.name),
                         out,  # type: ignore[arg-type]
                         resume_size=before,
                         headers=self._headers(),
