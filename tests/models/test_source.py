@@ -69,7 +69,8 @@ def test_one_file_without_an_index(tmp_path: Path) -> None:
 def test_reads_without_torch_or_transformers(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m")
     code = (
-        "import sys; from petals_agent.models.source import open_model; open_model(sys.argv[1]).facts;"
+        "import sys; from petals_agent.models.source import open_model; import petals_agent.models.memory;"
+        "open_model(sys.argv[1]).facts;"
         "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )
     result = subprocess.run(
