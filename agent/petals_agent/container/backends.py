@@ -26,6 +26,7 @@ from petals_agent.engine.selfcheck import TOLERANCE, Plain, error_of
 from petals_agent.engine.textbook import textbook_block
 from petals_agent.errors import UnsupportedModel
 from petals_agent.models.checkpoint import Checkpoint
+from petals_agent.models.memory import return_freed_memory
 from petals_agent.models.source import ModelSource, OnProgress, Progress
 
 log = logging.getLogger("petals_agent.backends")
@@ -72,6 +73,7 @@ def _lean(request: SpanRequest, verdicts: Path) -> LeanBackend | None:
         backend = LeanBackend(config, request.dtype, request.device)
         for number in range(request.start, request.end):
             backend.append(_block_tensors(checkpoint, number), number)
+            return_freed_memory()
             request.progress(Progress(f"block {number}", number + 1 - request.start, total))
     return backend
 
