@@ -11,7 +11,9 @@ import typer
 
 
 def demo(
-    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")] = "And it came to pass, that",
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="The text to continue.")
+    ] = "And it came to pass, that",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 96,
     seed: Annotated[int, typer.Option("--seed", help="The same seed draws the same text.")] = 7,
     once: Annotated[bool, typer.Option("--once", help="End after the text instead of staying up.")] = False,

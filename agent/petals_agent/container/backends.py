@@ -87,13 +87,20 @@ def _check_lean(
         return all(_lean_error(config, checkpoint, request, number) for number in kinds.values())
     known = _read_verdicts(verdicts).get(key)
     if known is None:
-        known = all(_lean_error(config, checkpoint, request, number, against_modules=True) for number in kinds.values())
+        known = all(
+            _lean_error(config, checkpoint, request, number, against_modules=True)
+            for number in kinds.values()
+        )
         _write_verdict(verdicts, key, known)
     return known
 
 
 def _lean_error(
-    config: LeanConfig, checkpoint: Checkpoint, request: SpanRequest, number: int, against_modules: bool = False
+    config: LeanConfig,
+    checkpoint: Checkpoint,
+    request: SpanRequest,
+    number: int,
+    against_modules: bool = False,
 ) -> bool:
     """Whether the lean backend computes block `number` right."""
     tensors = _block_tensors(checkpoint, number)
@@ -117,9 +124,7 @@ def _block_tensors(checkpoint: Checkpoint, number: int) -> Mapping[str, torch.Te
 
 
 def _only_known_tensors(checkpoint: Checkpoint, request: SpanRequest) -> bool:
-    known = {
-        name for number in range(request.start, request.end) for name in tensor_names(number).values()
-    }
+    known = {name for number in range(request.start, request.end) for name in tensor_names(number).values()}
     return all(name in known or name.endswith("rotary_emb.inv_freq") for name in checkpoint.tensors)
 
 
@@ -142,7 +147,11 @@ def _read_verdicts(path: Path) -> dict[str, bool]:
         entries = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return {key: value for key, value in entries.items() if type(value) is bool} if isinstance(entries, dict) else {}
+    return (
+        {key: value for key, value in entries.items() if type(value) is bool}
+        if isinstance(entries, dict)
+        else {}
+    )
 
 
 def _write_verdict(path: Path, key: str, verdict: bool) -> None:
@@ -175,7 +184,9 @@ def _modules(request: SpanRequest) -> Backend:
     kinds = {attention: index for index, attention in reversed(list(enumerate(span.attention)))}
     for candidate in candidates:
         backend = candidate(span)
-        errors = [error_of(backend, partial(backend.block, index), index, index + 1) for index in kinds.values()]
+        errors = [
+            error_of(backend, partial(backend.block, index), index, index + 1) for index in kinds.values()
+        ]
         log.info("self-check of the %s backend: relative error %.1e", backend.name, max(errors))
         if max(errors) <= TOLERANCE[request.dtype]:
             return backend

@@ -66,7 +66,9 @@ class ServedModel:
         if configured != "auto":
             return configured
         if self.facts.dht_prefix is None:
-            raise ConfigError("model.dht_prefix must be set for a model in a folder, since it has no repository name")
+            raise ConfigError(
+                "model.dht_prefix must be set for a model in a folder, since it has no repository name"
+            )
         return self.facts.dht_prefix
 
     @property
@@ -137,7 +139,9 @@ class ServedModel:
             max_alloc_timeout=serve.max_alloc_timeout,
         )
         return BlockServer(
-            engine=Engine(backend, parallel_tokens=-(-_PARALLEL_PRODUCTS // max(self.facts.block_parameters))),
+            engine=Engine(
+                backend, parallel_tokens=-(-_PARALLEL_PRODUCTS // max(self.facts.block_parameters))
+            ),
             prefix=self.prefix,
             start=start,
             end=end,
@@ -157,7 +161,9 @@ def _device(configured: str) -> torch.device:
     if configured == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     device = torch.device(configured)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
         raise ConfigError(
             f'serve.device = "{configured}" is not there: torch sees {torch.cuda.device_count()} CUDA devices; '
             'check the driver (nvidia-smi), or set "cpu"'

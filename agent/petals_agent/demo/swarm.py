@@ -99,7 +99,7 @@ class DemoSwarm:
             self._say(f"agent {number + 1} serves blocks {blocks} after {time.monotonic() - started:.1f} s")
 
     def _run(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        log = open(self.folder / f"{name}.log", "wb")  # noqa: SIM115  handed to the child
+        log = open(self.folder / f"{name}.log", "wb")
         process = subprocess.Popen(
             [sys.executable, "-m", "petals_agent.cli.main", *arguments],
             stdin=subprocess.DEVNULL,

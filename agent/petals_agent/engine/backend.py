@@ -21,10 +21,16 @@ class Backend(Protocol):
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
-    layers: Sequence[LayerShape]
     solo: bool  # sessions must not share a step
 
-    def step(self, hidden: torch.Tensor, plan: StepPlan, start: int, end: int, prompts: Prompts) -> torch.Tensor:
+    @property
+    def layers(self) -> Sequence[LayerShape]:
+        """KV shape of each block."""
+        ...
+
+    def step(
+        self, hidden: torch.Tensor, plan: StepPlan, start: int, end: int, prompts: Prompts
+    ) -> torch.Tensor:
         """Blocks [start, end) over packed tokens [tokens, hidden_size]; writes the KV cache through `plan`."""
         ...
 

@@ -20,7 +20,7 @@ import torch
 from petals_agent.engine.backend import Backend, Prompts
 from petals_agent.engine.kv import KVCache
 from petals_agent.engine.plan import StepPlan
-from petals_agent.engine.scheduler import Batch, Scheduler, TrainingSlice, WaitUntil
+from petals_agent.engine.scheduler import Batch, Scheduler, TrainingSlice
 from petals_agent.engine.session import Session, StepWork
 from petals_agent.engine.training import TrainingWork, run_training
 from petals_agent.errors import RequestError
@@ -245,7 +245,9 @@ class Engine:
                 work.hidden[:, work.offset : work.offset + count].reshape(-1, self.backend.hidden_size)
                 for work, count in plan.order
             ]
-            packed = parts[0] if len(parts) == 1 else torch.cat([part.to(self.backend.dtype) for part in parts])
+            packed = (
+                parts[0] if len(parts) == 1 else torch.cat([part.to(self.backend.dtype) for part in parts])
+            )
             packed = packed.to(self.backend.device, self.backend.dtype)
             if not torch.isfinite(packed).all():
                 self._refuse_not_finite(items)

@@ -117,8 +117,8 @@ class KVCache:
             )
             first = slab.take(session.rows)
             assert first is not None
-        session.place = Place(slab, first)
-        return session.place
+        place = session.place = Place(slab, first)
+        return place
 
     def close(self, session: Session) -> None:
         """Free a session's slots; idempotent."""

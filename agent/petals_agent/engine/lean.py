@@ -50,7 +50,10 @@ class LeanConfig:
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> LeanConfig | None:
         """From a raw config.json; None when anything in it is not known to be handled right here."""
-        if config.get("model_type") not in FAMILIES or config.get("hidden_act", "silu") not in ("silu", "swish"):
+        if config.get("model_type") not in FAMILIES or config.get("hidden_act", "silu") not in (
+            "silu",
+            "swish",
+        ):
             return None
         if config.get("quantization_config") or config.get("mlp_bias"):
             return None
@@ -95,7 +98,9 @@ def _inverse_frequencies(config: Mapping[str, Any], head_dim: int) -> torch.Tens
     if kind not in _ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
         return None
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    inverse: torch.Tensor = 1.0 / theta ** (
+        torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    )
     if kind == "linear":
         inverse = inverse / rope["factor"]
     elif kind == "llama3":
@@ -185,7 +190,11 @@ class LeanBackend:
         qkv = torch.cat((paired(place(tensors["q"])), paired(place(tensors["k"])), place(tensors["v"])))
         bias = None
         if "q_bias" in tensors:
-            parts = (paired(place(tensors["q_bias"])), paired(place(tensors["k_bias"])), place(tensors["v_bias"]))
+            parts = (
+                paired(place(tensors["q_bias"])),
+                paired(place(tensors["k_bias"])),
+                place(tensors["v_bias"]),
+            )
             bias = torch.cat(parts)
         return _Block(
             input_norm=place(tensors["input_norm"]),
@@ -255,10 +264,14 @@ class LeanBackend:
         hidden = torch.addmm(hidden, attended, b.out)
         if b.out_bias is not None:
             hidden = hidden + b.out_bias
-        gate, up = torch.mm(F.rms_norm(hidden, (c.hidden_size,), b.post_norm, c.eps), b.gate_up).chunk(2, dim=-1)
+        gate, up = torch.mm(F.rms_norm(hidden, (c.hidden_size,), b.post_norm, c.eps), b.gate_up).chunk(
+            2, dim=-1
+        )
         return torch.addmm(hidden, F.silu(gate) * up, b.down)
 
-    def step(self, hidden: torch.Tensor, plan: StepPlan, start: int, end: int, prompts: Prompts) -> torch.Tensor:
+    def step(
+        self, hidden: torch.Tensor, plan: StepPlan, start: int, end: int, prompts: Prompts
+    ) -> torch.Tensor:
         self._grow_tables(plan.longest)
         rotation = self._rotation(plan.positions)
         for layer in range(start, end):

@@ -55,8 +55,8 @@ class SpanBackend:
             return
         for module in self.span.hf.modules():
             if getattr(module, "rope_type", None) == "dynamic":
-                module.register_buffer("inv_freq", module.original_inv_freq, persistent=False)  # type: ignore[arg-type]
-                module.max_seq_len_cached = module.original_max_seq_len  # type: ignore[assignment]
+                module.register_buffer("inv_freq", module.original_inv_freq, persistent=False)
+                module.max_seq_len_cached = module.original_max_seq_len
 
     def block(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         self._select(self._whole)
@@ -75,7 +75,9 @@ class PackedBackend(SpanBackend):
         ALL_ATTENTION_FUNCTIONS[_NAME] = self._attention
         self._plan: StepPlan | None = None
 
-    def step(self, hidden: torch.Tensor, plan: StepPlan, start: int, end: int, prompts: Prompts) -> torch.Tensor:
+    def step(
+        self, hidden: torch.Tensor, plan: StepPlan, start: int, end: int, prompts: Prompts
+    ) -> torch.Tensor:
         # The interface is one table for the process: claim it for this span (tests hold several).
         ALL_ATTENTION_FUNCTIONS[_NAME] = self._attention
         self._select(_NAME)
@@ -84,7 +86,9 @@ class PackedBackend(SpanBackend):
         self._plan = plan
         try:
             with prompted(view, prompts):
-                output = view.hf(inputs_embeds=hidden[None], position_ids=plan.positions[None], use_cache=False)
+                output = view.hf(
+                    inputs_embeds=hidden[None], position_ids=plan.positions[None], use_cache=False
+                )
         finally:
             self._plan = None
         result: torch.Tensor = output.last_hidden_state[0]
@@ -140,7 +144,8 @@ def prompted(view: SpanModel, prompts: Prompts, first_token: int = 0) -> Iterato
         return hook
 
     hooks = [
-        block.register_forward_pre_hook(before(index), with_kwargs=True) for index, block in enumerate(view.blocks)
+        block.register_forward_pre_hook(before(index), with_kwargs=True)
+        for index, block in enumerate(view.blocks)
     ]
     try:
         yield

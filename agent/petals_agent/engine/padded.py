@@ -54,7 +54,9 @@ class PaddedBackend(SpanBackend):
 
     name = "padded"
 
-    def step(self, hidden: torch.Tensor, plan: StepPlan, start: int, end: int, prompts: Prompts) -> torch.Tensor:
+    def step(
+        self, hidden: torch.Tensor, plan: StepPlan, start: int, end: int, prompts: Prompts
+    ) -> torch.Tensor:
         self._select("eager")
         self.forget_lengths()
         output = torch.empty_like(hidden)
@@ -88,7 +90,9 @@ class PaddedBackend(SpanBackend):
     ) -> torch.Tensor:
         view = self._view(start, end)
         own = [prompt for prompt in prompts if tokens.start <= prompt[0] < tokens.stop]
-        options: dict[str, Any] = {} if self.span.family.model_type == "bloom" else {"position_ids": positions}
+        options: dict[str, Any] = (
+            {} if self.span.family.model_type == "bloom" else {"position_ids": positions}
+        )
         with prompted(view, own, tokens.start):
             output = view.hf(
                 inputs_embeds=rows, attention_mask=seen, past_key_values=cache, use_cache=True, **options

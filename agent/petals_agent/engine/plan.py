@@ -115,7 +115,14 @@ class StepPlan:
         for work, count in chunked:
             session = work.session
             self.chunks.append(
-                Chunk(session.place, session.rows, count, session.length, slice(token, token + session.rows * count), {})
+                Chunk(
+                    session.place,
+                    session.rows,
+                    count,
+                    session.length,
+                    slice(token, token + session.rows * count),
+                    {},
+                )
             )
             positions.extend(list(range(session.length, session.length + count)) * session.rows)
             token += session.rows * count
@@ -161,7 +168,9 @@ class StepPlan:
             return self._attend_decode(self.decodes[0], index, q, kv, rules)
         out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
         for decode in self.decodes:
-            out[decode.tokens] = self._attend_decode(decode, index, q[decode.tokens], kv[decode.tokens], rules)
+            out[decode.tokens] = self._attend_decode(
+                decode, index, q[decode.tokens], kv[decode.tokens], rules
+            )
         for chunk in self.chunks:
             out[chunk.tokens] = self._attend_chunk(chunk, index, q[chunk.tokens], kv[chunk.tokens], rules)
         return out
@@ -183,11 +192,15 @@ class StepPlan:
                 spread[d.offsets] = q
                 q = spread
         lone = n == 1 and (rules.window is None or rules.window >= d.longest)  # sees all of its positions
-        mask = d.mask if rules.window is None or rules.window >= d.longest else self._windowed(d, rules.window)
+        mask = (
+            d.mask if rules.window is None or rules.window >= d.longest else self._windowed(d, rules.window)
+        )
         if not rules.plain:
             out = _manual(q, keys, values, mask, rules)
         else:
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=None if lone else mask, scale=rules.scale)
+            out = F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=None if lone else mask, scale=rules.scale
+            )
         if not d.dense and not d.gather:
             out = out[d.offsets]
         return out.reshape(n, heads * head_dim)
@@ -196,7 +209,9 @@ class StepPlan:
         mask = d.masks.get(window)
         if mask is None:
             old = torch.arange(d.longest, device=self.device)[None] <= d.positions[:, None] - window
-            addition = torch.zeros(old.shape, dtype=self.dtype, device=self.device).masked_fill_(old, float("-inf"))
+            addition = torch.zeros(old.shape, dtype=self.dtype, device=self.device).masked_fill_(
+                old, float("-inf")
+            )
             if not d.dense and not d.gather:
                 full = torch.zeros(d.span, d.longest, dtype=self.dtype, device=self.device)
                 full[d.offsets] = addition
@@ -228,7 +243,9 @@ class StepPlan:
                 groups = heads // kv_heads
                 folded = q.reshape(c.rows, kv_heads, groups * c.count, head_dim)
                 tiled = mask.repeat(groups, 1)
-                out = _manual(folded, keys, values, tiled, rules, c.count).view(c.rows, heads, c.count, head_dim)
+                out = _manual(folded, keys, values, tiled, rules, c.count).view(
+                    c.rows, heads, c.count, head_dim
+                )
         return out.transpose(1, 2).reshape(c.rows * c.count, heads * head_dim)
 
     def _chunk_mask(self, c: Chunk, end: int, window: int | None) -> torch.Tensor:

@@ -36,7 +36,9 @@ class TrainingWork:
         return int(self.hidden.shape[0] * self.hidden.shape[1])
 
 
-def run_training(work: TrainingWork, backend: Backend, keep_bytes: int) -> Iterator[list[torch.Tensor] | None]:
+def run_training(
+    work: TrainingWork, backend: Backend, keep_bytes: int
+) -> Iterator[list[torch.Tensor] | None]:
     """Yields None after each block, and the result at the end."""
     hidden = work.hidden.to(backend.device, backend.dtype)
     prompts = None if work.prompts is None else work.prompts.to(backend.device, backend.dtype)

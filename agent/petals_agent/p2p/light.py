@@ -64,7 +64,9 @@ class _TorchStandIn(types.ModuleType):
 class _TorchFinder(MetaPathFinder, Loader):
     """Answers `import torch` and its submodules with a module that holds nothing."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name == "torch" or name.startswith("torch."):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None

@@ -35,7 +35,9 @@ class CacheLedger:
             self.used += units
             return
         if timeout <= 0:
-            raise CacheFull(f"{units} cache units were asked for and {self.left} are free; try again or send alloc_timeout")
+            raise CacheFull(
+                f"{units} cache units were asked for and {self.left} are free; try again or send alloc_timeout"
+            )
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (units, granted)
         self._waiting.append(entry)

@@ -45,7 +45,9 @@ def info(server: BlockServer, uid: str) -> bytes:
     return bytes(runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(facts)).SerializeToString())
 
 
-async def call(server: BlockServer, request: runtime_pb2.ExpertRequest, backward: bool) -> list[runtime_pb2.Tensor]:
+async def call(
+    server: BlockServer, request: runtime_pb2.ExpertRequest, backward: bool
+) -> list[runtime_pb2.Tensor]:
     """A whole forward or backward request, tensors in, tensors out."""
     if server.in_flight >= server.limits.max_waiting_requests:
         raise LimitExceeded(f"{server.in_flight} requests are in flight, which is the limit here; try again")
@@ -65,7 +67,9 @@ async def call(server: BlockServer, request: runtime_pb2.ExpertRequest, backward
                     lambda: [wire.encode_tensor(t, codec) for t, codec in zip(outputs, codecs, strict=True)]
                 )
         except TimeoutError:
-            raise LimitExceeded(f"the request took longer than request_timeout ({limits.request_timeout:g} s)") from None
+            raise LimitExceeded(
+                f"the request took longer than request_timeout ({limits.request_timeout:g} s)"
+            ) from None
 
 
 def _arguments(
@@ -82,9 +86,13 @@ def _arguments(
     if backward:
         grad = _sequences(wire.decode_tensor(tensors[1], room), names[1], width, limits.max_batch_tokens)
         if grad.shape != hidden.shape:
-            raise RequestError(f"grad_outputs {list(grad.shape)} and inputs {list(hidden.shape)} differ in shape")
+            raise RequestError(
+                f"grad_outputs {list(grad.shape)} and inputs {list(hidden.shape)} differ in shape"
+            )
     rows, count, _ = hidden.shape
-    prompts = wire.decode_tensor(tensors[len(names) - 1], blocks * rows * min(count, limits.prompt_tokens) * width)
+    prompts = wire.decode_tensor(
+        tensors[len(names) - 1], blocks * rows * min(count, limits.prompt_tokens) * width
+    )
     if prompts.numel() == 0:
         return hidden, None, grad
     check_prompts(prompts, blocks, rows, count, width)
@@ -110,10 +118,14 @@ def _output_codecs(metadata: dict[str, Any], count: int, default: int) -> list[i
     if value is None:
         return [default] * count
     known = set(wire.COMPRESSIONS.values())
-    if not isinstance(value, (list, tuple)) or len(value) != count or not all(
-        type(codec) is int and codec in known for codec in value
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) != count
+        or not all(type(codec) is int and codec in known for codec in value)
     ):
-        raise RequestError(f"output_compression must be a list of {count} CompressionType numbers, not {str(value)[:64]}")
+        raise RequestError(
+            f"output_compression must be a list of {count} CompressionType numbers, not {str(value)[:64]}"
+        )
     return list(value)
 
 
@@ -147,10 +159,14 @@ async def streamed(server: BlockServer, stream: Stream, backward: bool) -> None:
                     raise RequestError("Block uids differ in one request")
                 parts.extend(part.tensors)
     except TimeoutError:
-        raise LimitExceeded(f"the request did not arrive within request_timeout ({limits.request_timeout:g} s)") from None
+        raise LimitExceeded(
+            f"the request did not arrive within request_timeout ({limits.request_timeout:g} s)"
+        ) from None
     if first is None:
         raise RequestError("the stream ended before a request came")
-    request = runtime_pb2.ExpertRequest(uid=first.uid, metadata=first.metadata, tensors=wire.join_parts(parts))
+    request = runtime_pb2.ExpertRequest(
+        uid=first.uid, metadata=first.metadata, tensors=wire.join_parts(parts)
+    )
     for tensor in await call(server, request, backward):
         for piece in wire.split_tensor(tensor):
             await stream.send(runtime_pb2.ExpertResponse(tensors=[piece]).SerializeToString())

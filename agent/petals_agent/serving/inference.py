@@ -35,7 +35,9 @@ async def serve_session(server: BlockServer, stream: Stream) -> None:
     """Handle one stream from its first message to its end; the cache is freed however it ends."""
     limits = server.limits
     if server.sessions >= limits.max_sessions:
-        raise LimitExceeded(f"this server has {limits.max_sessions} open sessions, which is its limit; try another one")
+        raise LimitExceeded(
+            f"this server has {limits.max_sessions} open sessions, which is its limit; try another one"
+        )
     server.sessions += 1
     try:
         async with asyncio.timeout(limits.session_timeout) as session_time:
@@ -46,7 +48,9 @@ async def serve_session(server: BlockServer, stream: Stream) -> None:
                     raise
                 # the next step did not come in step_timeout: closed without an error, as Petals does
     except TimeoutError:
-        raise LimitExceeded(f"the session lasted longer than session_timeout ({limits.session_timeout:g} s)") from None
+        raise LimitExceeded(
+            f"the session lasted longer than session_timeout ({limits.session_timeout:g} s)"
+        ) from None
     finally:
         server.sessions -= 1
 
@@ -134,7 +138,9 @@ def _parse(server: BlockServer, body: bytes) -> tuple[runtime_pb2.ExpertRequest,
 def _rows(server: BlockServer, request: runtime_pb2.ExpertRequest) -> int:
     rows = request.tensors[0].size[0] if request.tensors and request.tensors[0].size else 1
     if not 0 < rows <= server.limits.max_rows:
-        raise LimitExceeded(f"a batch of {rows} sequences was asked for; 1 to {server.limits.max_rows} are possible")
+        raise LimitExceeded(
+            f"a batch of {rows} sequences was asked for; 1 to {server.limits.max_rows} are possible"
+        )
     return int(rows)
 
 
@@ -158,11 +164,15 @@ def _check_step(
     limits, backend = server.limits, server.engine.backend
     tensors = wire.ordered(request.tensors, structure)
     if len(tensors) < 3:
-        raise RequestError(f"an inference step needs hidden_states, prompts and hypo_ids; {len(tensors)} tensors came")
+        raise RequestError(
+            f"an inference step needs hidden_states, prompts and hypo_ids; {len(tensors)} tensors came"
+        )
     room = limits.max_batch_tokens * backend.hidden_size
     hidden = wire.decode_tensor(tensors[0], room)
     if hidden.dim() != 3 or not hidden.is_floating_point():
-        raise RequestError(f"hidden_states must be floating [batch, tokens, hidden], not {list(hidden.shape)}")
+        raise RequestError(
+            f"hidden_states must be floating [batch, tokens, hidden], not {list(hidden.shape)}"
+        )
     rows, count, width = hidden.shape
     if rows != session.rows or width != backend.hidden_size:
         raise RequestError(
@@ -170,7 +180,9 @@ def _check_step(
             f"[{session.rows}, tokens, {backend.hidden_size}] is expected"
         )
     if rows * count > limits.max_batch_tokens:
-        raise LimitExceeded(f"a step of {rows * count} tokens; max_batch_size here is {limits.max_batch_tokens}")
+        raise LimitExceeded(
+            f"a step of {rows * count} tokens; max_batch_size here is {limits.max_batch_tokens}"
+        )
     rollback = _rollback(session, metadata)
     length = session.length if rollback is None else rollback
     if length + count > session.max_length:
@@ -208,7 +220,13 @@ def _prompts(
 def check_prompts(prompts: torch.Tensor, blocks: int, rows: int, count: int, width: int) -> None:
     """Raises RequestError unless `prompts` is [blocks, rows or 1, p ≤ count, width], floating and finite."""
     shape = tuple(prompts.shape)
-    if prompts.dim() != 4 or shape[0] != blocks or shape[1] not in (1, rows) or shape[2] > count or shape[3] != width:
+    if (
+        prompts.dim() != 4
+        or shape[0] != blocks
+        or shape[1] not in (1, rows)
+        or shape[2] > count
+        or shape[3] != width
+    ):
         raise RequestError(
             f"prompts of shape {list(shape)} do not fit: [{blocks}, {rows} or 1, at most {count}, {width}] is expected"
         )

@@ -103,7 +103,9 @@ def send_push(
 
     async def push() -> None:
         try:
-            await attachment.call(target.peer_id, PUSH, request.SerializeToString(), server.limits.request_timeout)
+            await attachment.call(
+                target.peer_id, PUSH, request.SerializeToString(), server.limits.request_timeout
+            )
         except Exception as error:
             log.debug("a push to …%s failed: %r", target.peer_id[-6:], error)
 

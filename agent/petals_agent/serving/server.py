@@ -58,7 +58,9 @@ class BlockServer:
                 )
         first, last = blocks[0], blocks[-1]
         if blocks != tuple(range(first, last + 1)):
-            raise RequestError(f"the chain {list(blocks)[:8]}… jumps; send adjacent blocks in ascending order")
+            raise RequestError(
+                f"the chain {list(blocks)[:8]}… jumps; send adjacent blocks in ascending order"
+            )
         return first - self.start, last + 1 - self.start
 
     @contextmanager

@@ -141,7 +141,10 @@ def join_parts(parts: Sequence[runtime_pb2.Tensor]) -> list[runtime_pb2.Tensor]:
 
 _TUPLE = 0x40
 _INFERENCE_ARGS = bytes.fromhex("92c7134093c4045f5f5430c4045f5f5431c4045f5f543280")
-_USUAL_ORDER: Any = ((b"__T0", b"__T1", b"__T2"), {})  # what practically everyone sends, recognised by identity
+_USUAL_ORDER: Any = (
+    (b"__T0", b"__T1", b"__T2"),
+    {},
+)  # what practically everyone sends, recognised by identity
 _MAX_NESTING = 8
 
 
