@@ -1,0 +1,50 @@
+"""What an agent costs its host, and what its children may do."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from harness.processes import pss_mb, python_count
+
+from .conftest import Swarm
+
+
+def test_agent_has_two_children_and_no_torch(swarm: Swarm) -> None:
+    status = swarm.first.online()
+    tree = swarm.first.family()
+    assert python_count(tree) == 2
+    assert sorted(process.pid for process in tree) == sorted(status["pids"].values())
+    agent = psutil.Process(status["pids"]["agent"])
+    assert pss_mb([agent]) < 150
+    assert "torch" not in Path(f"/proc/{agent.pid}/maps").read_text()
+    assert "torch" in Path(f"/proc/{status['pids']['container']}/maps").read_text()  # so it would be seen
+
+
+def test_children_may_open_many_files(swarm: Swarm) -> None:
+    pids = swarm.first.online()["pids"]
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for name in ("container", "p2pd"):
+        limits = Path(f"/proc/{pids[name]}/limits").read_text().splitlines()
+        soft = next(line.split()[3] for line in limits if line.startswith("Max open files"))
+        assert soft == str(hard) or soft == "unlimited"
+
+
+def test_two_agents_share_no_socket(swarm: Swarm) -> None:
+    swarm.first.online()
+    names = sorted(path.name.split("-")[0] for path in swarm.first.socket.parent.iterdir())
+    assert names == ["c.sock", "p2pclient", "p2pd"]
+
+
+def test_importing_the_agent_loads_no_torch() -> None:
+    program = (
+        "import sys, petals_agent.supervisor.agent\n"
+        "torch = sys.modules.get('torch')\n"
+        "print(torch is None or torch.__version__ == '0', 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True", "False"], done.stderr
