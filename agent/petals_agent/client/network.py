@@ -64,6 +64,7 @@ class Network:
         self._node: DHTNode | None = None
         self._view: SwarmView | None = None
         self._reading = asyncio.Lock()
+        self._pinging: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start p2pd and join the DHT as a client; raises SwarmError when no initial peer answers."""
@@ -101,6 +102,9 @@ class Network:
         """End p2pd; every open channel breaks."""
         node, p2p, daemon = self._node, self._p2p, self._daemon
         self._node = self._p2p = self._daemon = None
+        if self._pinging is not None:
+            self._pinging.cancel()
+            await asyncio.wait({self._pinging})
         if node is not None:
             await asyncio.wait_for(node.shutdown(), 10)
             if node.cache_refresh_task is not None:
@@ -120,8 +124,13 @@ class Network:
                     raise SwarmError(
                         "the client is not connected; call start() first, and nothing after stop()"
                     )
+                first = self._view is None
                 self._view = await read_view(self._node, self.prefix, self.num_blocks)
-                await self._ping(self._view)
+                if self._pinging is not None:
+                    self._pinging.cancel()
+                self._pinging = asyncio.create_task(self._ping(self._view), name="pings")
+                if first:  # later the old values serve until there are new ones
+                    await asyncio.wait({self._pinging})
             return self._view
 
     async def _ping(self, view: SwarmView) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from petals_agent.errors import ClientError
 from petals_agent.swarm.view import Span
@@ -16,6 +15,18 @@ UNKNOWN_DELAY = 0.15
 MAX_DELAY = 5.0  # an unreachable server stays possible, as the last resort
 NO_CACHE_DELAY = 10.0
 DEFAULT_RPS = 300.0
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """The cheapest way found to have used a server up to the end of its span."""
+
+    cost: float
+    span: Span
+    source: _Visit | None
+
+    def route(self) -> list[Span]:
+        return [*(self.source.route() if self.source else []), self.span]
 
 
 def fastest_route(
@@ -29,35 +40,29 @@ def fastest_route(
     """
     check_covered(spans, start, end)
     spans = sorted(spans, key=lambda span: span.peer_id)
-    best: dict[tuple[int, int], float] = {}
-    came_from: dict[tuple[int, int], tuple[int, int] | None] = {}
-    queue: list[tuple[float, int, int, tuple[int, int] | None]] = []  # cost, server, entered at, from
-
-    def enter(cost: float, block: int, source: tuple[int, int] | None) -> None:
-        for index, span in enumerate(spans):
-            if span.start <= block < span.end and (source is None or source[0] != index):
-                rtt = rtts.get(span.peer_id) if source is None else _ping(spans[source[0]], span)
-                step = _delay(rtt) + OVERHEAD + _cache_delay(span, min(span.end, end) - block, cache_tokens)
-                heapq.heappush(queue, (cost + step, index, block, source))
-
-    enter(0.0, start, None)
-    while queue:
-        cost, index, block, source = heapq.heappop(queue)
-        node = (index, block)
-        if index < 0:  # left the last server: the cheapest way to the end
-            assert source is not None
-            return _unwind(source, came_from, spans, end)
-        if node in best:
+    # every edge leads to a later block, so one pass over the blocks finds the shortest ways to leave at each
+    left: dict[int, dict[str, _Visit]] = {}
+    for block in range(start, end):
+        before = left.pop(block, {})
+        if not before and block > start:
             continue
-        best[node], came_from[node] = cost, source
-        span = spans[index]
-        leave = min(span.end, end)
-        cost += (leave - block) / _rps(span)
-        if leave == end:
-            heapq.heappush(queue, (cost + _delay(rtts.get(span.peer_id)), -1, end, node))
-        else:
-            enter(cost, leave, node)
-    raise AssertionError("every block is covered, so there is a route")
+        for span in spans:
+            if not span.start <= block < span.end:
+                continue
+            if block == start:
+                cost, source = _delay(rtts.get(span.peer_id)), None
+            else:
+                cost, source = min(
+                    ((v.cost + _delay(_ping(v.span, span)), v) for v in before.values()),
+                    key=lambda found: found[0],
+                )
+            leave = min(span.end, end)
+            cost += OVERHEAD + _cache_delay(span, leave - block, cache_tokens) + (leave - block) / _rps(span)
+            known = left.setdefault(leave, {}).get(span.peer_id)
+            if known is None or cost < known.cost:
+                left[leave][span.peer_id] = _Visit(cost, replace(span, start=block, end=leave), source)
+    last = min(left[end].values(), key=lambda visit: visit.cost + _delay(rtts.get(visit.span.peer_id)))
+    return last.route()
 
 
 def widest_route(
@@ -103,21 +108,6 @@ def check_covered(spans: Sequence[Span], start: int, end: int) -> None:
             f"no ONLINE server holds block{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing[:10]))}"
             f"{' …' if len(missing) > 10 else ''}; wait for servers to join, or check the prefix and the initial peers"
         )
-
-
-def _unwind(
-    last: tuple[int, int],
-    came_from: Mapping[tuple[int, int], tuple[int, int] | None],
-    spans: Sequence[Span],
-    end: int,
-) -> list[Span]:
-    route: list[Span] = []
-    node: tuple[int, int] | None = last
-    while node is not None:
-        index, block = node
-        route.append(replace(spans[index], start=block, end=end))
-        end, node = block, came_from[node]
-    return route[::-1]
 
 
 def _ping(source: Span, target: Span) -> float | None:
