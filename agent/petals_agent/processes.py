@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import resource
@@ -63,20 +64,21 @@ async def start_child(
 
 async def end_child(process: asyncio.subprocess.Process, grace: float) -> None:
     """SIGTERM, and SIGKILL after `grace` seconds; returns when the process is gone."""
-    if process.returncode is not None:
-        return
-    _signal(process, signal.SIGTERM)
+    signal_child(process, signal.SIGTERM)
     # a stopped process takes its SIGTERM only when it runs
-    _signal(process, signal.SIGCONT)
+    signal_child(process, signal.SIGCONT)
     try:
         await asyncio.wait_for(process.wait(), grace)
-    except TimeoutError:
-        _signal(process, signal.SIGKILL)
+    except asyncio.TimeoutError:
+        signal_child(process, signal.SIGKILL)
         await process.wait()
 
 
-def _signal(process: asyncio.subprocess.Process, number: int) -> None:
-    try:
-        process.send_signal(number)
-    except ProcessLookupError:
-        pass
+def signal_child(process: asyncio.subprocess.Process, number: int) -> None:
+    """Send a signal unless the child has ended.
+
+    Not by its own `send_signal`: that looks whether it has ended, and takes its exit status away from asyncio.
+    """
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)

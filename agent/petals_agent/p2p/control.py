@@ -14,6 +14,7 @@ from petals_agent.p2p import light
 
 light.install(without_torch=False)
 
+from google.protobuf.message import DecodeError  # noqa: E402
 from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID  # noqa: E402
 from hivemind.proto import p2pd_pb2  # noqa: E402
 from hivemind.utils.multiaddr import Multiaddr  # noqa: E402
@@ -82,6 +83,8 @@ async def request(daemon: str, message: p2pd_pb2.Request, timeout: float = 5.0) 
         raise DaemonError(f"p2pd did not answer {what} within {timeout:g} s") from None
     except (OSError, EOFError) as error:
         raise DaemonError(f"p2pd is not there ({what}: {error!r})") from error
+    except DecodeError as error:
+        raise DaemonError(f"p2pd's reply to {what} makes no sense; restart it") from error
     if reply.type == p2pd_pb2.Response.ERROR:
         raise DaemonError(f"p2pd refused {what}: {reply.error.msg}")
     return reply

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -16,7 +17,7 @@ from petals_agent import __version__
 from petals_agent.errors import AgentError, ConfigError, ContainerError, ModelError
 from petals_agent.link import messages
 from petals_agent.link.channel import Channel
-from petals_agent.processes import end_child, start_child
+from petals_agent.processes import signal_child, start_child
 
 log = logging.getLogger("petals_agent.container")
 
@@ -160,8 +161,7 @@ class ContainerProcess:
 
     def kill(self) -> None:
         """SIGKILL, e.g. because it hangs."""
-        if self.process.returncode is None:
-            self.process.kill()
+        signal_child(self.process, signal.SIGKILL)
 
     async def stop(self, grace: float) -> None:
         """Ask it to end, and kill it after `grace` seconds."""
