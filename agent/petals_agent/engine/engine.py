@@ -27,6 +27,8 @@ from petals_agent.errors import RequestError
 
 log = logging.getLogger("petals_agent.engine")
 
+_TRAINING_AT_ONCE = 4  # forwards and backwards that are under way; each holds tensors of its own
+
 
 @dataclass
 class EngineStats:
@@ -43,6 +45,7 @@ class EngineStats:
 class _Training:
     work: TrainingWork
     slices: Iterator[list[torch.Tensor] | None]
+    kept_bytes: int
 
 
 @dataclass
@@ -65,20 +68,21 @@ class Engine:
         keep_bytes: int = 2**30,
         parallel_tokens: int = 256,
     ) -> None:
-        """A batch of `parallel_tokens` or more runs on all of torch's threads, smaller ones on one; a backward keeps
-        activations of up to `keep_bytes` rather than computing them twice. `cache_tokens` of each block are what open
+        """A batch of `parallel_tokens` or more runs on all of torch's threads, smaller ones on one; backwards keep
+        activations of up to `keep_bytes` rather than compute them twice. `cache_tokens` of each block are what open
         sessions are promised altogether.
         """
         self.backend = backend
         self.stats = EngineStats()
         self._scheduler = scheduler if scheduler is not None else Scheduler[StepWork]()
-        self._keep_bytes = keep_bytes
+        self._keep_bytes = keep_bytes  # that are left
         self._parallel_tokens = parallel_tokens
         self._all_threads = torch.get_num_threads()
         self._threads = 0
         self._cache = KVCache(backend.layers, backend.dtype, backend.device, cache_tokens)
         self._inbox = _Inbox()
-        self._training: deque[_Training] = deque()
+        self._training: deque[_Training] = deque()  # under way, in turns
+        self._training_waits: deque[TrainingWork] = deque()
         self._results: list[tuple[Callable[[Any], None], Any]] = []
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -113,7 +117,7 @@ class Engine:
         hypo_ids: torch.Tensor | None = None,
         rollback_to: int | None = None,
     ) -> torch.Tensor:
-        """One step of a session: [rows, n, hidden_size] → the same shape, on the CPU. Cancellation leaves the cache consistent.
+        """One step of a session: [rows, n, hidden_size] → the same shape, on the CPU. After a cancellation only `close` makes sense.
 
         Raises RequestError for input that is not finite, and whatever the backend raised for this session alone.
         """
@@ -178,7 +182,7 @@ class Engine:
                 self._scheduler.drop_session(item)
                 self._cache.close(item)
             elif isinstance(item, TrainingWork):
-                self._training.append(_Training(item, run_training(item, self.backend, self._keep_bytes)))
+                self._training_waits.append(item)
                 self._scheduler.add_training()
             elif not item.session.closed:
                 try:
@@ -295,7 +299,16 @@ class Engine:
         self.stats.steps += 1
         self._results.append((work.done, result))
 
+    def _begin_training(self) -> None:
+        while self._training_waits and len(self._training) < _TRAINING_AT_ONCE:
+            work = self._training_waits.popleft()
+            size = work.graph_bytes(self.backend.dtype)
+            kept = size if size <= self._keep_bytes else 0
+            self._keep_bytes -= kept
+            self._training.append(_Training(work, run_training(work, self.backend, kept == size), kept))
+
     def _run_training_slice(self) -> None:
+        self._begin_training()
         job = self._training[0]
         started = time.monotonic()
         result: list[torch.Tensor] | BaseException | None = None
@@ -311,6 +324,7 @@ class Engine:
         self.stats.progress += 1
         if result is not None:
             self._training.popleft()
+            self._keep_bytes += job.kept_bytes
             self._scheduler.training_done()
             self.stats.tokens += job.work.tokens
             if isinstance(result, list):

@@ -1,7 +1,7 @@
 """Stateless forward and backward over a range of blocks, cut at block boundaries so that decoding can go between.
 
-A backward recomputes the forward chain first, keeping each block's graph (about 13 hidden states per block) or, beyond
-`keep_bytes`, only each block's input, which costs one more forward.
+A backward recomputes the forward chain first, keeping each block's graph (about 13 hidden states per block) or, where
+memory is short, only each block's input, which costs one more forward.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ class TrainingWork:
     def tokens(self) -> int:
         return int(self.hidden.shape[0] * self.hidden.shape[1])
 
+    def graph_bytes(self, dtype: torch.dtype) -> int:
+        """What keeping the graphs of all blocks takes."""
+        if self.grad is None:
+            return 0
+        return self.hidden.numel() * dtype.itemsize * _GRAPH_FACTOR * (self.end - self.start)
 
-def run_training(
-    work: TrainingWork, backend: Backend, keep_bytes: int
-) -> Iterator[list[torch.Tensor] | None]:
-    """Yields None after each block, and the result at the end."""
+
+def run_training(work: TrainingWork, backend: Backend, keep: bool) -> Iterator[list[torch.Tensor] | None]:
+    """Yields None after each block, and the result at the end; with `keep`, a backward keeps the graphs of its blocks."""
     hidden = work.hidden.to(backend.device, backend.dtype)
     prompts = None if work.prompts is None else work.prompts.to(backend.device, backend.dtype)
     if work.grad is None:
@@ -51,8 +55,6 @@ def run_training(
         return
     grad = work.grad.to(backend.device, backend.dtype)
     saved: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-    count = work.end - work.start
-    keep = hidden.numel() * hidden.element_size() * _GRAPH_FACTOR * count <= keep_bytes
     for layer in range(work.start, work.end):
         inputs = _prompted(hidden, prompts, layer - work.start).detach()
         if keep:
@@ -75,6 +77,7 @@ def run_training(
                 inputs.requires_grad_(True)
                 kept = backend.block(layer, inputs)
             (grad,) = torch.autograd.grad(kept, inputs, grad)
+        del inputs, kept  # others may run before we go on
         if prompts is not None:
             prompt_grads.append(grad[:, : prompts.shape[2]])
         yield None
