@@ -69,7 +69,7 @@ async def end_child(process: asyncio.subprocess.Process, grace: float) -> None:
     signal_child(process, signal.SIGCONT)
     try:
         await asyncio.wait_for(process.wait(), grace)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         signal_child(process, signal.SIGKILL)
         await process.wait()
 

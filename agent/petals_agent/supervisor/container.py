@@ -170,7 +170,7 @@ class ContainerProcess:
             await asyncio.wait_for(self.process.wait(), grace)
         except TimeoutError:
             self.kill()
-            await end_child(self.process, 0.0)
+            await self.process.wait()
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
         self._channel.close()
