@@ -88,7 +88,7 @@ class Traffic:
         if any(work.session == session for work in self.waiting):
             return  # one step at a time
         work = Work(session, rows, tokens, session if whole else group, whole)
-        self.scheduler.add(work)
+        self.scheduler.add(work, self.now)
         self.waiting.append(work)
         self._stands_last(work)
 
@@ -115,8 +115,7 @@ class Traffic:
                 self.training -= 1
         elif isinstance(decision, WaitUntil):
             assert self.waiting
-            latest = self.last_end + self.last_duration * self.scheduler.wait_fraction
-            assert self.now < decision.time <= latest + 1e-9
+            assert self.now < decision.time <= self.now + self.scheduler.step_cost.fixed + 1e-9
             self.now = decision.time
             assert not isinstance(self.scheduler.next(self.now), WaitUntil)
         else:
@@ -190,7 +189,7 @@ def test_ready_sessions_share_one_batch() -> None:
     scheduler: Scheduler[Work] = Scheduler()
     works = [Work(i, 1, 1) for i in range(20)]
     for work in works:
-        scheduler.add(work)
+        scheduler.add(work, 0.0)
     (batch,) = batches(scheduler)
     assert [work for work, _ in batch.items] == works
 
@@ -199,10 +198,10 @@ def test_decoding_goes_on_beside_a_long_prompt() -> None:
     """The prompt advances in every step, and no step is longer than the target asks for."""
     scheduler: Scheduler[Work] = Scheduler(target_step_s=0.05)
     prompt = Work("long", 1, 2000)
-    scheduler.add(prompt)
+    scheduler.add(prompt, 0.0)
     now, sizes = 0.0, []
     for _ in range(60):
-        scheduler.add(Work("chat", 1, 1))
+        scheduler.add(Work("chat", 1, 1), now)
         decision = scheduler.next(now)
         while isinstance(decision, WaitUntil):
             now = decision.time
@@ -222,11 +221,11 @@ def test_a_wide_prompt_is_not_starved_by_decoding() -> None:
     """Even when one token of each of its rows is more than the share of prefill beside decoding."""
     scheduler: Scheduler[Work] = Scheduler(min_chunk=8, target_step_s=0.0)
     wide = Work("wide", 100, 20)
-    scheduler.add(wide)
+    scheduler.add(wide, 0.0)
     now = 0.0
     for _ in range(40):
         if not any(work.session == "chat" for work in scheduler._waiting.values()):
-            scheduler.add(Work("chat", 1, 1))
+            scheduler.add(Work("chat", 1, 1), now)
         decision = scheduler.next(now)
         if isinstance(decision, Batch):
             run(scheduler, decision, now, 0.01)
@@ -246,7 +245,7 @@ def test_training_gets_its_share_and_no_more(share: float, slice_s: float, pause
     for _ in range(3000):
         for time, name in [arrival for arrival in arrivals if arrival[0] <= now]:
             arrivals.remove((time, name))
-            scheduler.add(Work(name, 1, 1))
+            scheduler.add(Work(name, 1, 1), now)
         decision = scheduler.next(now)
         if isinstance(decision, TrainingSlice):
             waiting = scheduler.queued > 1
@@ -273,18 +272,59 @@ def test_a_step_does_not_wait_for_more_than_the_slice_that_runs() -> None:
     scheduler.add_training()
     assert isinstance(scheduler.next(0.0), TrainingSlice)
     scheduler.ran_training(1.0)
-    scheduler.add(Work("a", 1, 1))
+    scheduler.add(Work("a", 1, 1), 1.0)
     assert isinstance(scheduler.next(1.0), Batch)
+
+
+def two_steps_together(pause_s: float) -> Scheduler[Work]:
+    """Sessions "a" and "b" were answered at 2 s, after a step of 1 s, and came back after `pause_s` before."""
+    scheduler: Scheduler[Work] = Scheduler()
+    for started in (-pause_s, 1.0):
+        for name in "ab":
+            scheduler.add(Work(name, 1, 1), started)
+        decision = scheduler.next(started)
+        assert isinstance(decision, Batch)
+        run(scheduler, decision, started, 1.0)
+    return scheduler
+
+
+def test_a_session_that_is_due_is_waited_for() -> None:
+    scheduler = two_steps_together(pause_s=0.1)
+    scheduler.add(Work("a", 1, 1), 2.05)
+    decision = scheduler.next(2.05)
+    assert isinstance(decision, WaitUntil)
+    assert 2.05 < decision.time < 2.2
+    scheduler.add(Work("b", 1, 1), 2.1)
+    batch = scheduler.next(2.1)
+    assert isinstance(batch, Batch) and len(batch.items) == 2
+
+
+def test_a_session_that_takes_longer_than_a_step_costs_is_not_waited_for() -> None:
+    scheduler = two_steps_together(pause_s=0.9)
+    scheduler.add(Work("a", 1, 1), 2.1)
+    assert isinstance(scheduler.next(2.1), Batch)
+
+
+def test_a_session_that_is_late_is_not_waited_for() -> None:
+    scheduler = two_steps_together(pause_s=0.1)
+    scheduler.add(Work("a", 1, 1), 3.0)
+    assert isinstance(scheduler.next(3.0), Batch)
+
+
+def test_a_lone_session_waits_for_nobody() -> None:
+    scheduler: Scheduler[Work] = Scheduler()
+    now = 0.0
+    for _ in range(10):
+        scheduler.add(Work("alone", 1, 1), now)
+        decision = scheduler.next(now)
+        assert isinstance(decision, Batch)
+        run(scheduler, decision, now, 0.01)
+        now += 0.02
 
 
 def test_a_session_that_left_is_not_waited_for() -> None:
-    scheduler: Scheduler[Work] = Scheduler()
-    scheduler.add(Work("a", 1, 1))
-    scheduler.add(Work("b", 1, 1))
-    decision = scheduler.next(0.0)
-    assert isinstance(decision, Batch)
-    run(scheduler, decision, 0.0, 1.0)
-    scheduler.add(Work("a", 1, 1))
-    assert scheduler.next(1.0) == WaitUntil(1.5)
+    scheduler = two_steps_together(pause_s=0.1)
+    scheduler.add(Work("a", 1, 1), 2.05)
+    assert isinstance(scheduler.next(2.05), WaitUntil)
     scheduler.drop_session("b")
-    assert isinstance(scheduler.next(1.0), Batch)
+    assert isinstance(scheduler.next(2.05), Batch)

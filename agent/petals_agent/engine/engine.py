@@ -190,7 +190,7 @@ class Engine:
                 except Exception as error:
                     self._results.append((item.done, error))
                 else:
-                    self._scheduler.add(item)
+                    self._scheduler.add(item, time.monotonic())
 
     def _begin(self, work: StepWork) -> None:
         """What must happen once before the first token of a step: a place, the rollback, the reorder of rows."""

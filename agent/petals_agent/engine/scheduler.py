@@ -3,8 +3,8 @@
 A plain object without torch, threads or clocks: the engine passes in the time. Rules, each with its reason:
 
 - All ready decode steps of one block range run as one batch; a batch costs little more than one row.
-- Closed-loop clients answer one step before they send the next. Starting a step as soon as one request is there splits
-  them into small groups for ever, so we wait for sessions that were in one of the last two steps, at most half a step.
+- Running k rows now and n - k later costs the fixed part of a step twice. So we wait for sessions of the last two steps that
+  are due back within that time, going by how long sessions took lately, and for no others: they can come while we compute.
 - A long prompt runs in chunks sized so that a step stays near `target_step_s`: decode rows beside it wait that long.
 - Forward/backward work is cut into slices by its owner; while steps are ready too, it gets `training_share` of the time.
 """
@@ -17,6 +17,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from petals_agent.engine.step_cost import StepCost
+
+_RETURN_MEMORY = 0.05  # weight of the newest session in the mean time to come back
+_RETURN_MARGIN = 1.3  # most are back after so many mean times
+_LONGEST_RETURN_S = 1.0
 DECODE_TOKENS = 8  # a step of at most so many tokens a row rides along whole
 
 
@@ -71,26 +76,33 @@ class Scheduler(Generic[W]):
         target_step_s: float = 0.05,
         min_chunk: int = 32,
         training_share: float = 0.5,
-        wait_fraction: float = 0.5,
     ) -> None:
         self.max_batch_tokens = max_batch_tokens
         self.target_step_s = target_step_s
         self.min_chunk = min_chunk
         self.training_share = training_share
-        self.wait_fraction = wait_fraction
         self._waiting: OrderedDict[int, W] = OrderedDict()  # by id(work), in order of arrival
         self._training = 0  # training works that are not finished
-        self._recent: list[set[Hashable]] = [set(), set()]  # sessions of the last two decode steps
+        self._answered: dict[Hashable, float] = {}  # sessions of the last two decode steps → when they were answered
+        self._last_decode: set[Hashable] = set()  # sessions of the last one
+        self._return_s = 0.0  # running mean of the time from an answer to the session's next step
+        self._returns = 0
+        self._waits_since: float | None = None  # since when the next batch is held back
+        self.step_cost = StepCost()
         self._here: dict[Hashable, int] = {}  # sessions with a waiting step
-        self._last_end = 0.0
-        self._last_duration = 0.0
         self._token_cost_s = 0.0  # running mean of seconds per token in steps with prefill
         self._credit = 0.0  # weighted seconds that training has coming while steps wait
 
     # --- what happened
 
-    def add(self, work: W) -> None:
+    def add(self, work: W, now: float) -> None:
+        """Queue a step that came at time `now`."""
         self._waiting[id(work)] = work
+        answered = self._answered.get(work.session)
+        if answered is not None:
+            away = min(max(now - answered, 0.0), _LONGEST_RETURN_S)
+            self._returns += 1
+            self._return_s += max(_RETURN_MEMORY, 1 / self._returns) * (away - self._return_s)
         self._here[work.session] = self._here.get(work.session, 0) + 1
 
     def drop_session(self, session: Hashable) -> list[W]:
@@ -98,8 +110,7 @@ class Scheduler(Generic[W]):
         dropped = [work for work in self._waiting.values() if work.session is session]
         for work in dropped:
             self._remove(work)
-        for recent in self._recent:
-            recent.discard(session)
+        self._answered.pop(session, None)
         return dropped
 
     def add_training(self) -> None:
@@ -120,13 +131,16 @@ class Scheduler(Generic[W]):
                 self._waiting.move_to_end(id(work))
             else:
                 self._remove(work)
-        if decode:
-            self._recent = [decode, self._recent[0]]
         duration = max(ended - started, 0.0)
+        if decode:
+            self._answered = {who: when for who, when in self._answered.items() if who in self._last_decode}
+            self._answered.update(dict.fromkeys(decode, ended))
+            self._last_decode = decode
+            if len(decode) == len(batch.items):
+                self.step_cost.take(batch.tokens, duration)
         if batch.tokens >= self.min_chunk:
             cost = duration / batch.tokens
             self._token_cost_s = cost if self._token_cost_s == 0 else 0.8 * self._token_cost_s + 0.2 * cost
-        self._last_end, self._last_duration = ended, duration
         if self._training:
             self._credit += duration * self.training_share
 
@@ -155,13 +169,20 @@ class Scheduler(Generic[W]):
 
     def _wait_for_recent(self, now: float) -> float | None:
         """The time until which sessions that were active a moment ago are worth waiting for."""
-        absent = any(session not in self._here for recent in self._recent for session in recent)
-        until = self._last_end + self.wait_fraction * self._last_duration
-        return until if absent and now < until else None
+        since = now if self._waits_since is None else self._waits_since
+        latest = since + self.step_cost.fixed
+        away = _RETURN_MARGIN * self._return_s
+        due = [
+            answered + away
+            for session, answered in self._answered.items()
+            if session not in self._here and now < answered + away <= latest
+        ]
+        self._waits_since = since if due else None
+        return max(due, default=None)
 
     def chunk_tokens(self, beside_decode: bool) -> int:
         """Prefill tokens for one step: as many as fit the target time; without decode rows the batch limit alone."""
-        if not beside_decode and not self._recent[0]:
+        if not beside_decode and not self._answered:
             return self.max_batch_tokens
         if self._token_cost_s == 0:
             return max(self.min_chunk, 64)
