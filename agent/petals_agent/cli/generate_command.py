@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from petals_agent.errors import ClientError
+from petals_agent.errors import ClientError, SwarmError
 
 if TYPE_CHECKING:
     from petals_agent.client.decode import Generation
+    from petals_agent.config import Config
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
-    model: Annotated[str, typer.Option("--model", help="Folder or Hub repository of the model.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Folder or Hub repository of the model.")
+    ] = None,
     initial_peers: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option("--initial-peers", help="Multiaddress of a member of the swarm; may be repeated."),
-    ],
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="Take model, prefix and peers from an agent's configuration."),
+    ] = None,
     prefix: Annotated[
         str | None,
         typer.Option("--prefix", help="DHT prefix of the model; a local folder has none of its own."),
@@ -51,6 +60,19 @@ def generate(
     if not prompt:
         raise ClientError("the prompt is empty; give a text, or - and a text on standard input")
 
+    if config is not None:
+        from petals_agent.cli.settings import configured
+
+        settings = configured(config, None)
+        model = model or settings.model.path
+        revision = revision or settings.model.revision
+        prefix = prefix or (None if settings.model.dht_prefix == "auto" else settings.model.dht_prefix)
+        initial_peers = initial_peers or own_addresses(settings) + list(settings.swarm.entry_peers)
+    if not model or not initial_peers:
+        raise ClientError(
+            "which model, in which swarm? Give --model and --initial-peers, or an agent's --config"
+        )
+
     from petals_agent.client.generate import Client
 
     how = {"do_sample": sample, "temperature": temperature, "top_p": top_p, "seed": seed}
@@ -71,6 +93,17 @@ def generate(
         typer.echo(json.dumps(summary(prompt, result)))
     else:
         typer.echo(one_line(result), err=not sys.stdout.isatty())
+
+
+def own_addresses(settings: Config) -> list[str]:
+    """Where the agent of this configuration can be dialled; empty if none runs here."""
+    from petals_agent.supervisor.control import ask
+
+    try:
+        status = asyncio.run(ask(settings.control.socket, {"do": "status"}, timeout=3.0))
+    except SwarmError:
+        return []
+    return list(status["maddrs"])
 
 
 def summary(prompt: str, result: Generation) -> dict[str, object]:
