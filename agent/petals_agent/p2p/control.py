@@ -14,7 +14,7 @@ from petals_agent.p2p import light
 
 light.install(without_torch=False)
 
-from google.protobuf.message import DecodeError  # noqa: E402
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: E402
 from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID  # noqa: E402
 from hivemind.proto import p2pd_pb2  # noqa: E402
 from hivemind.utils.multiaddr import Multiaddr  # noqa: E402
