@@ -90,7 +90,9 @@ class Serving:
             await container.stop(grace=2.0)
         else:
             await container.stop(grace=0.0)
-        self.loaded = None
+        if self.loaded is not None:
+            Path(self.loaded.stream_path).unlink(missing_ok=True)
+            self.loaded = None
 
     async def _drain(self, container: ContainerProcess, timeout: float | None) -> None:
         try:
