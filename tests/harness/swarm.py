@@ -144,12 +144,24 @@ def start_agent(
     return AgentServer(process, config)
 
 
+def start_stock_client(
+    processes: Processes, python: Path, model: Path, peers: Sequence[str], *options: str, prefix: str = PREFIX
+) -> Process:
+    """Start the published client (generate.py)."""
+    command = [python, PEER_SCRIPTS / "generate.py", model, "--prefix", prefix, "--peers", *peers, *options]
+    return processes.start("stock-client", command, env=ONE_THREAD)
+
+
+def stock_result(client: Process, timeout: float = 110) -> dict[str, Any]:
+    """Wait for the published client's end and return its JSON; a difference under --check fails."""
+    client.wait(timeout)
+    results = client.events()
+    assert client.returncode == 0 and results, f"the published client failed\n{client.output()}"
+    return results[-1]
+
+
 def stock_generate(
     processes: Processes, python: Path, model: Path, peers: Sequence[str], *options: str, prefix: str = PREFIX
 ) -> dict[str, Any]:
-    """Run the published client (generate.py) to its end and return its JSON; a difference under --check fails."""
-    command = [python, PEER_SCRIPTS / "generate.py", model, "--prefix", prefix, "--peers", *peers, *options]
-    process = processes.run("stock-client", command, timeout=110, env=ONE_THREAD)
-    results = process.events()
-    assert process.returncode == 0 and results, f"the published client failed\n{process.output()}"
-    return results[-1]
+    """Run the published client to its end and return its JSON; a difference under --check fails."""
+    return stock_result(start_stock_client(processes, python, model, peers, *options, prefix=prefix))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from harness import swarm
 from harness.processes import Processes
+
+from .members import Swarm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,9 +47,26 @@ def stock_server(
     return start
 
 
+@pytest.fixture(scope="package")
+def shared(tmp_path_factory: pytest.TempPathFactory, peer_python: Path, tiny_llama: Path) -> Iterator[Swarm]:
+    """The servers that most tests here share."""
+    started = Swarm(tmp_path_factory.mktemp("interop"), tiny_llama, peer_python)
+    yield started
+    started.close()
+
+
 @pytest.fixture
-def stock_generate(
-    processes: Processes, peer_python: Path, tiny_llama: Path
-) -> Callable[..., dict[str, Any]]:
-    """Run the published client: `stock_generate([maddr], "--check", "--grad")` → its JSON."""
-    return partial(swarm.stock_generate, processes, peer_python, tiny_llama)
+def calm(shared: Swarm) -> Iterator[None]:
+    """After the test our servers must have no session left and nothing to regret."""
+    yield
+    shared.check_calm()
+
+
+@pytest.fixture(scope="session")
+def local(tiny_llama: Path) -> LlamaForCausalLM:
+    """The whole model in this process, which uses one thread: the machine is shared with the servers."""
+    torch.set_num_threads(1)
+    model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = None  # random weights may emit it at any time
+    model.generation_config.pad_token_id = 0
+    return model

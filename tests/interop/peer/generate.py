@@ -3,18 +3,21 @@
     generate.py MODEL --prefix P --peers MADDR [--beam] [--grad] --check
     generate.py MODEL --local [--beam] [--grad]       the same with plain transformers
 
-With --check it does both and compares; exit status 1 means that they differ.
+With --check it does both and compares; exit status 1 means that they differ. With --again FILE it prints a line
+{"event": "generated"} after the greedy tokens, waits until FILE exists, and generates them once more.
 """
 
 import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 import petals_peer  # noqa: F401  makes the import of petals work
 import torch
 
 GRADIENT_TOLERANCE = 1e-4  # relative, L2
+WAIT_S = 60
 
 
 def load(args, local):
@@ -30,9 +33,11 @@ def load(args, local):
             args.model,
             initial_peers=args.peers,
             dht_prefix=args.prefix,
+            allowed_servers=args.via,
             torch_dtype=torch.float32,
             show_route=False,
             max_retries=args.retries,
+            update_period=args.update_period,
             request_timeout=args.timeout,
         )
     model.generation_config.eos_token_id = None  # random weights may emit it at any time
@@ -69,11 +74,24 @@ def gradient(model, ids):
     return inputs.grad.double()
 
 
+def wait_for(file):
+    """Wait until the file exists."""
+    deadline = time.monotonic() + WAIT_S
+    while not file.exists():
+        if time.monotonic() > deadline:
+            sys.exit(f"{file} did not appear within {WAIT_S} s")
+        time.sleep(0.05)
+
+
 def answers(args, local):
     """All that was asked for, as one dictionary; the gradient is a tensor."""
     ids = torch.tensor([args.ids])
     model = load(args, local)
     out = {"mode": "local" if local else "swarm", **greedy(model, ids, args.count)}
+    if args.again and not local:
+        print(json.dumps({"event": "generated", "tokens": out["tokens"]}), flush=True)
+        wait_for(args.again)
+        out["again"] = greedy(model, ids, args.count)["tokens"]
     if args.beam:
         out["beam"] = beams(model, ids, args.count)
     if args.grad:
@@ -88,6 +106,8 @@ def main():
     parser.add_argument("model", help="local model folder")
     parser.add_argument("--peers", nargs="*", default=[])
     parser.add_argument("--prefix")
+    parser.add_argument("--via", nargs="+", metavar="PEER_ID", help="use no other servers")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="a second session when this file exists")
     parser.add_argument("-n", "--count", type=int, default=32, help="new tokens")
     parser.add_argument("--ids", type=int, nargs="+", default=[5, 17, 99, 314, 271, 828, 182, 845])
     parser.add_argument("--beam", action="store_true")
@@ -96,6 +116,7 @@ def main():
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--retries", type=int, default=5)
     parser.add_argument("--timeout", type=float, default=60)
+    parser.add_argument("--update-period", type=float, default=60, help="seconds between readings of the DHT")
     args = parser.parse_args()
     if not args.local and not (args.peers and args.prefix):
         parser.error(
@@ -110,6 +131,8 @@ def main():
         local = answers(args, True)
         local_gradient = local.pop("gradient", None)
         same = {"tokens": result["tokens"] == local["tokens"]}
+        if args.again:
+            same["again"] = result["again"] == local["tokens"]
         if args.beam:
             same["beam"] = result["beam"] == local["beam"]
         if args.grad:
