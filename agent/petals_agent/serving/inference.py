@@ -64,7 +64,8 @@ async def _session(server: BlockServer, stream: Stream) -> None:
     start, end = server.chain(request.uid)
     check_adapter(wire.text(metadata, "active_adapter"))
     wire.number(metadata, "points", 0.0)
-    session = Session(_rows(server, request), _max_length(server, metadata), start, end)
+    tensors = wire.ordered(request.tensors, metadata.get("args_structure"))
+    session = Session(_rows(server, tensors), _max_length(server, metadata), start, end)
     session_id = wire.text(metadata, "session_id")
     if session_id is not None:
         server.pushes.open(session_id, stream)
@@ -97,6 +98,8 @@ async def _steps(
             with server.working():
                 step = _check_step(server, session, request, metadata, structure)
                 if step.hidden.numel() == 0:
+                    if step.rollback_to is not None:
+                        session.length = step.rollback_to
                     output = step.hidden.to(engine.backend.dtype)
                 else:
                     output = await engine.step(
@@ -135,8 +138,8 @@ def _parse(server: BlockServer, body: bytes) -> tuple[runtime_pb2.ExpertRequest,
     return request, wire.decode_metadata(request.metadata, server.limits.max_metadata_bytes)
 
 
-def _rows(server: BlockServer, request: runtime_pb2.ExpertRequest) -> int:
-    rows = request.tensors[0].size[0] if request.tensors and request.tensors[0].size else 1
+def _rows(server: BlockServer, tensors: list[runtime_pb2.Tensor]) -> int:
+    rows = tensors[0].size[0] if tensors and tensors[0].size else 1
     if not 0 < rows <= server.limits.max_rows:
         raise LimitExceeded(
             f"a batch of {rows} sequences was asked for; 1 to {server.limits.max_rows} are possible"
