@@ -16,7 +16,7 @@ light.install(without_torch=False)
 import hivemind.compression.base as compression_base  # noqa: E402
 from hivemind.compression.serialization import deserialize_torch_tensor, serialize_torch_tensor  # noqa: E402
 from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase  # noqa: E402
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError  # noqa: E402
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError as P2PHandlerError  # noqa: E402
 from hivemind.proto import runtime_pb2  # noqa: E402
 from hivemind.utils.serializer import MSGPackSerializer  # noqa: E402
 
@@ -31,13 +31,21 @@ PART = 4 * 2**20
 class TransformerConnectionHandler(ServicerBase):
     """The signatures from which hivemind makes a stub."""
 
-    async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo: ...
+    async def rpc_info(
+        self, request: runtime_pb2.ExpertUID, context: P2PContext
+    ) -> runtime_pb2.ExpertInfo: ...
     async def rpc_forward(self, request: Request, context: P2PContext) -> Response: ...
     async def rpc_backward(self, request: Request, context: P2PContext) -> Response: ...
     async def rpc_push(self, request: Request, context: P2PContext) -> Response: ...
-    async def rpc_forward_stream(self, request: AsyncIterator[Request], context: P2PContext) -> AsyncIterator[Response]: ...
-    async def rpc_backward_stream(self, request: AsyncIterator[Request], context: P2PContext) -> AsyncIterator[Response]: ...
-    async def rpc_inference(self, request: AsyncIterator[Request], context: P2PContext) -> AsyncIterator[Response]: ...
+    async def rpc_forward_stream(
+        self, request: AsyncIterator[Request], context: P2PContext
+    ) -> AsyncIterator[Response]: ...
+    async def rpc_backward_stream(
+        self, request: AsyncIterator[Request], context: P2PContext
+    ) -> AsyncIterator[Response]: ...
+    async def rpc_inference(
+        self, request: AsyncIterator[Request], context: P2PContext
+    ) -> AsyncIterator[Response]: ...
 
 
 def uid(start: int, end: int) -> str:
@@ -59,7 +67,10 @@ def split(whole: Any) -> list[Any]:
         first = runtime_pb2.Tensor()
         first.CopyFrom(tensor)
         first.buffer, first.chunks = buffer[:PART], -(-len(buffer) // PART)
-        parts = [first, *(runtime_pb2.Tensor(buffer=buffer[i : i + PART]) for i in range(PART, len(buffer), PART))]
+        parts = [
+            first,
+            *(runtime_pb2.Tensor(buffer=buffer[i : i + PART]) for i in range(PART, len(buffer), PART)),
+        ]
         messages += [Request(uid=whole.uid, metadata=whole.metadata, tensors=[part]) for part in parts]
     return messages
 
@@ -136,7 +147,12 @@ class Caller:
     async def start(cls, maddrs: Sequence[str]) -> Caller:
         return cls(
             await P2P.create(
-                initial_peers=maddrs, dht_mode="client", use_relay=False, auto_nat=False, nat_port_map=False, no_listen=True
+                initial_peers=maddrs,
+                dht_mode="client",
+                use_relay=False,
+                auto_nat=False,
+                nat_port_map=False,
+                no_listen=True,
             )
         )
 
@@ -153,7 +169,9 @@ class Caller:
         sessions, self._sessions = self._sessions, []
         await asyncio.gather(*(session.vanish() for session in sessions))
 
-    async def call(self, peer_id: str, method: str, message: Any, streamed: bool = False) -> list[torch.Tensor]:
+    async def call(
+        self, peer_id: str, method: str, message: Any, streamed: bool = False
+    ) -> list[torch.Tensor]:
         """A forward or backward; the tensors of the answer."""
         stub = self.stub(peer_id)
         async with asyncio.timeout(60):
@@ -181,5 +199,3 @@ def joined(parts: Sequence[Any]) -> list[torch.Tensor]:
         else:
             tensors[-1].buffer += part.buffer
     return [deserialize_torch_tensor(tensor) for tensor in tensors]
-
-

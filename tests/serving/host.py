@@ -26,12 +26,16 @@ CACHE_TOKENS = 4096
 class Host:
     """`server` and its p2pd; `restore` undoes what a test changed."""
 
-    def __init__(self, server: BlockServer, daemon: Daemon, held: P2P, streams: StreamServer, maddrs: list[str]) -> None:
+    def __init__(
+        self, server: BlockServer, daemon: Daemon, held: P2P, streams: StreamServer, maddrs: list[str]
+    ) -> None:
         self.server, self.daemon, self.streams, self.maddrs = server, daemon, streams, maddrs
         self._held = held  # p2pd ends with its last client
 
     @classmethod
-    async def start(cls, backend: Backend, start: int, end: int, folder: Path, *, initial_peers: list[str] | None = None) -> Host:
+    async def start(
+        cls, backend: Backend, start: int, end: int, folder: Path, *, initial_peers: list[str] | None = None
+    ) -> Host:
         """Serve blocks [start, end)."""
         server = BlockServer(
             engine=Engine(backend, cache_tokens=CACHE_TOKENS),
@@ -45,11 +49,16 @@ class Host:
         )
         server.engine.start()
         streams = StreamServer(
-            stream_handlers(server), LIMITS.message_bytes(backend.hidden_size, server.blocks), folder
+            stream_handlers(server),
+            LIMITS.message_bytes(backend.hidden_size, server.blocks),
+            folder,
+            server.budget,
         )
         await streams.start()
         daemon = await Daemon.start(
-            DaemonOptions(socket_dir=folder, auto_nat=False, nat_port_map=False, initial_peers=initial_peers or ())
+            DaemonOptions(
+                socket_dir=folder, auto_nat=False, nat_port_map=False, initial_peers=initial_peers or ()
+            )
         )
         held = await P2P.replicate(Multiaddr(daemon.maddr))
         server.attachment = await Attachment.open(daemon.maddr, unary_handlers(server), streams)
@@ -64,7 +73,13 @@ class Host:
         """Whether nothing of any session is left."""
         server = self.server
         return not (
-            server.sessions or server.ledger.used or server.pushes.streams or server.in_flight or server.engine.queued
+            server.sessions
+            or server.ledger.used
+            or server.pushes.streams
+            or server.in_flight
+            or server.calls
+            or server.engine.queued
+            or server.budget.used
         )
 
     def restore(self) -> None:

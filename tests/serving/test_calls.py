@@ -37,7 +37,9 @@ def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -
 
 
 async def info(swarm: Swarm, name: str) -> dict[str, Any]:
-    answer = await swarm.caller.stub(swarm.first.peer_id).rpc_info(runtime_pb2.ExpertUID(uid=name), timeout=10)
+    answer = await swarm.caller.stub(swarm.first.peer_id).rpc_info(
+        runtime_pb2.ExpertUID(uid=name), timeout=10
+    )
     return dict(MSGPackSerializer.loads(answer.serialized_info))
 
 
@@ -61,7 +63,9 @@ async def test_info_of_a_block(swarm: Swarm) -> None:
     assert (prompts.dtype, hypo_ids.dtype) == (torch.float32, torch.int64)
 
 
-@pytest.mark.parametrize("name", ["tiny.4", "tiny.-1", "other.0", "tiny", "tiny.0 tiny.9", "tiny.00", "x" * 5000])
+@pytest.mark.parametrize(
+    "name", ["tiny.4", "tiny.-1", "other.0", "tiny", "tiny.0 tiny.9", "tiny.00", "x" * 5000]
+)
 async def test_info_of_what_is_not_served(swarm: Swarm, name: str) -> None:
     with pytest.raises(P2PHandlerError, match="serve"):
         await info(swarm, name)
@@ -213,7 +217,9 @@ BAD_HIDDEN = [
 
 @pytest.mark.parametrize(("hidden", "error"), BAD_HIDDEN)
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_hidden_states_that_cannot_be(swarm: Swarm, hidden: torch.Tensor, error: str, streamed: bool) -> None:
+async def test_hidden_states_that_cannot_be(
+    swarm: Swarm, hidden: torch.Tensor, error: str, streamed: bool
+) -> None:
     with pytest.raises(P2PHandlerError, match=error):
         await swarm.caller.call(
             swarm.first.peer_id, "rpc_forward", request(uid(0, 4), (hidden, NO_PROMPTS)), streamed
@@ -239,7 +245,12 @@ GOOD = torch.zeros(2, 4, WIDTH)
         ("rpc_forward", (GOOD, NO_PROMPTS), {"active_adapter": "mine"}, "adapter 'mine' not found"),
         ("rpc_forward", (GOOD, NO_PROMPTS), {"active_adapter": 5}, "active_adapter must be a string"),
         ("rpc_forward", (GOOD, NO_PROMPTS), {"points": "many"}, "points must be a finite number"),
-        ("rpc_forward", (GOOD, NO_PROMPTS), {"args_structure": ((b"__T7",), {})}, "args_structure names tensor"),
+        (
+            "rpc_forward",
+            (GOOD, NO_PROMPTS),
+            {"args_structure": ((b"__T7",), {})},
+            "args_structure names tensor",
+        ),
         ("rpc_forward", (GOOD, NO_PROMPTS), {"x": "y" * 70000}, "limit here is 65536"),
     ],
 )
@@ -250,9 +261,11 @@ async def test_requests_that_cannot_be(
         await swarm.caller.call(swarm.first.peer_id, method, request(uid(0, 4), tensors, **metadata))
 
 
-@pytest.mark.parametrize("chain", ["", "tiny.4", "tiny.3 tiny.4", "tiny.1 tiny.0", "tiny.0 tiny.2", "tiny.0 tiny.0", "other.0"])
+@pytest.mark.parametrize(
+    "chain", ["", "tiny.4", "tiny.3 tiny.4", "tiny.1 tiny.0", "tiny.0 tiny.2", "tiny.0 tiny.0", "other.0"]
+)
 async def test_chains_that_are_not_served(swarm: Swarm, chain: str) -> None:
-    with pytest.raises(P2PHandlerError, match="block|serve"):
+    with pytest.raises(P2PHandlerError, match=r"block|serve"):
         await swarm.caller.call(swarm.first.peer_id, "rpc_forward", request(chain, (GOOD, NO_PROMPTS)))
 
 
@@ -279,4 +292,39 @@ async def test_a_stream_without_a_request(swarm: Swarm) -> None:
         yield
 
     with pytest.raises(P2PHandlerError, match="ended before a request came"):
-        _ = [part async for part in await swarm.caller.stub(swarm.first.peer_id).rpc_forward_stream(nothing())]
+        _ = [
+            part async for part in await swarm.caller.stub(swarm.first.peer_id).rpc_forward_stream(nothing())
+        ]
+
+
+# --- how much may wait
+
+
+async def test_only_so_many_calls_may_wait(swarm: Swarm) -> None:
+    """Steps of sessions do not count."""
+    server = swarm.first.server
+    server.limits = dataclasses.replace(server.limits, max_waiting_requests=1)
+    with server.working(), server.working():
+        await swarm.caller.call(swarm.first.peer_id, "rpc_forward", request(uid(0, 4), (GOOD, NO_PROMPTS)))
+    with server.calling():
+        with pytest.raises(P2PHandlerError, match="1 forwards and backwards wait, which is the limit"):
+            await swarm.caller.call(
+                swarm.first.peer_id, "rpc_forward", request(uid(0, 4), (GOOD, NO_PROMPTS))
+            )
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_only_so_many_bytes_may_wait(swarm: Swarm, streamed: bool) -> None:
+    """Small requests are always taken."""
+    server = swarm.first.server
+    message = request(uid(0, 1), (normal(400, 64, WIDTH), NO_PROMPTS))
+    with (
+        server.budget.hold("somebody", server.budget.limit // 2),
+        server.budget.hold("else", server.budget.limit // 2 - 2**20),
+    ):
+        with pytest.raises(P2PHandlerError, match="the limit for all peers; try again"):
+            await swarm.caller.call(swarm.first.peer_id, "rpc_forward", message, streamed)
+        await swarm.caller.call(
+            swarm.first.peer_id, "rpc_forward", request(uid(0, 1), (GOOD, NO_PROMPTS)), streamed
+        )
+    await swarm.caller.call(swarm.first.peer_id, "rpc_forward", message, streamed)

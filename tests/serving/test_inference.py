@@ -50,7 +50,9 @@ async def closed_quietly(session: Session) -> None:
 
 @pytest.mark.parametrize("blocks", [(0, 4), (1, 3), (3, 4)])
 @pytest.mark.parametrize("prefill", [[7], [3, 4], [1, 1, 5], [2, 0, 5]])
-async def test_prefill_and_decode_equal_the_model(swarm: Swarm, blocks: tuple[int, int], prefill: list[int]) -> None:
+async def test_prefill_and_decode_equal_the_model(
+    swarm: Swarm, blocks: tuple[int, int], prefill: list[int]
+) -> None:
     hidden = normal(2, 12, WIDTH)
     expected = swarm.model.view(*blocks)(hidden)
     one, position, answers = session(swarm, *blocks), 0, []
@@ -74,7 +76,9 @@ async def test_input_codecs_and_dtypes(swarm: Swarm, dtype: torch.dtype, codec: 
     hidden = normal(1, 20, WIDTH).to(dtype)
     if dtype == torch.bfloat16 and codec in ("FLOAT16", "MEANSTD_16BIT"):
         return  # hivemind refuses to write it
-    message = serialize_torch_tensor(hidden.float() if codec == "QUANTILE_8BIT" else hidden, wire.COMPRESSIONS[codec])
+    message = serialize_torch_tensor(
+        hidden.float() if codec == "QUANTILE_8BIT" else hidden, wire.COMPRESSIONS[codec]
+    )
     left = wire.decode_tensor(message, hidden.numel()).float()
     one = session(swarm)
     assert close(await one.step(message, max_length=20), swarm.model.view(0, 4)(left))
@@ -142,7 +146,9 @@ async def test_beyond_max_length(swarm: Swarm) -> None:
     one = session(swarm)
     await one.step(normal(1, 5, WIDTH), max_length=6)
     await one.step(normal(1, 1, WIDTH))
-    await refused(one, one.step_request(normal(1, 1, WIDTH)), "prefix 6 . current 1 exceeds pre-allocated maximum 6")
+    await refused(
+        one, one.step_request(normal(1, 1, WIDTH)), "prefix 6 . current 1 exceeds pre-allocated maximum 6"
+    )
     await until(lambda: swarm.first.idle, 1, "its cache is free")
 
 
@@ -252,7 +258,9 @@ async def test_deep_prompts(swarm: Swarm, rows: int, position: int) -> None:
     await one.close()
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 2, WIDTH), (4, 3, 2, WIDTH), (4, 1, 4, WIDTH), (4, 1, 2, 8), (4, 2, WIDTH)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 2, WIDTH), (4, 3, 2, WIDTH), (4, 1, 4, WIDTH), (4, 1, 2, 8), (4, 2, WIDTH)]
+)
 async def test_prompts_that_do_not_fit(swarm: Swarm, shape: tuple[int, ...]) -> None:
     one = session(swarm)
     message = one.step_request(normal(2, 3, WIDTH), torch.zeros(shape), max_length=5)
@@ -287,12 +295,22 @@ async def test_the_usual_args_structure_and_extra_tensors(swarm: Swarm) -> None:
 
 @pytest.mark.parametrize(
     "structure",
-    [((b"__T3", b"__T1", b"__T2"), {}), ((b"__T0",) * 20_000, {}), ((b"__T0",), {}), "x", ((((((b"__T0",),),),),), {})],
+    [
+        ((b"__T3", b"__T1", b"__T2"), {}),
+        ((b"__T0",) * 20_000, {}),
+        ((b"__T0",), {}),
+        "x",
+        ((((((b"__T0",),),),),), {}),
+    ],
 )
 async def test_malicious_args_structure(swarm: Swarm, structure: Any) -> None:
     one = session(swarm)
     message = one.step_request(normal(1, 1, WIDTH), max_length=5, args_structure=structure)
-    await refused(one, message, "args_structure|needs hidden_states, prompts and hypo_ids|limit here is 65536|must be|int64")
+    await refused(
+        one,
+        message,
+        "args_structure|needs hidden_states, prompts and hypo_ids|limit here is 65536|must be|int64",
+    )
 
 
 @pytest.mark.parametrize(
@@ -350,7 +368,9 @@ async def test_a_step_sent_twice_is_answered_once(swarm: Swarm) -> None:
 async def test_a_session_id_is_used_once_at_a_time(swarm: Swarm) -> None:
     one, two = session(swarm), session(swarm)
     await one.step(normal(1, 1, WIDTH), max_length=5)
-    await refused(two, two.step_request(normal(1, 1, WIDTH), max_length=5, session_id=one.session_id), "not unique")
+    await refused(
+        two, two.step_request(normal(1, 1, WIDTH), max_length=5, session_id=one.session_id), "not unique"
+    )
     await one.step(normal(1, 1, WIDTH))  # goes on
     await one.close()
     three = session(swarm)
@@ -434,7 +454,9 @@ async def test_more_sessions_than_the_limit(swarm: Swarm) -> None:
     first, second, third = (session(swarm) for _ in range(3))
     await first.step(normal(1, 1, WIDTH), max_length=5)
     await second.step(normal(1, 1, WIDTH), max_length=5)
-    await refused(third, third.step_request(normal(1, 1, WIDTH), max_length=5), "2 open sessions, which is its limit")
+    await refused(
+        third, third.step_request(normal(1, 1, WIDTH), max_length=5), "2 open sessions, which is its limit"
+    )
     await first.close()
     await until(lambda: swarm.first.server.sessions == 1, 1, "its place is free")
     fourth = session(swarm)

@@ -101,7 +101,10 @@ class Container:
         self._server.engine.start()
         hidden, blocks = backend.hidden_size, self._server.blocks
         self._streams = StreamServer(
-            stream_handlers(self._server), self._server.limits.message_bytes(hidden, blocks), self._socket_dir
+            stream_handlers(self._server),
+            self._server.limits.message_bytes(hidden, blocks),
+            self._socket_dir,
+            self._server.budget,
         )
         await self._streams.start()
         self._channel.send(

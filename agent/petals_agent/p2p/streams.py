@@ -19,7 +19,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import cast
 
+from petals_agent.errors import LimitExceeded
 from petals_agent.p2p import control
+from petals_agent.p2p.budget import FREE_BYTES, ByteBudget
 
 from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID  # isort: skip
 from hivemind.proto import p2pd_pb2  # isort: skip
@@ -45,7 +47,11 @@ class Stream(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._writable: asyncio.Future[None] | None = None
         self._ended = False  # the caller sent its end marker
-        self._paused = False
+        self._finished = False  # we have said our last word
+        self._charged = 0  # bytes taken from the budget
+        self._unanswered = 0  # bytes of messages that the handler has received or will
+        self._last_call: asyncio.TimerHandle | None = None
+        self.paused = False
         self._task: asyncio.Task[None] | None = None
         self.name = ""
         self.remote_id = ""
@@ -58,15 +64,21 @@ class Stream(asyncio.Protocol):
         self._server.streams.add(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._finished:
+            return
         self._buffer += data
         if self._task is None and not self._start():
             return
         self._split_messages()
+        self._charge()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.gone = True
         self._server.streams.discard(self)
+        self._forget()
         self._wake()
+        if self._last_call is not None:
+            self._last_call.cancel()
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
         if self._task is not None:
@@ -83,18 +95,26 @@ class Stream(asyncio.Protocol):
     # --- what handlers use
 
     async def receive(self) -> bytes | None:
-        """The next request body; None when the caller has ended its side or is gone. Bound it by asyncio.wait_for."""
+        """The next request body; None when the caller has ended its side or is gone. Bound it by asyncio.timeout.
+
+        It counts against the budget until the handler ends, or calls `answered`.
+        """
         while not self._pending:
             if self._ended or self.gone:
                 return None
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         body = self._pending.popleft()
-        if self._paused and len(self._pending) < _PENDING_MESSAGES // 2 and self._transport is not None:
-            self._paused = False
+        if self.paused and len(self._pending) < _PENDING_MESSAGES // 2 and self._transport is not None:
+            self.paused = False
             self._transport.resume_reading()
             self._split_messages()
         return body
+
+    def answered(self) -> None:
+        """All that was received so far is done with."""
+        self._unanswered = sum(map(len, self._pending))
+        self._charge()
 
     @property
     def ready(self) -> bool:
@@ -108,8 +128,8 @@ class Stream(asyncio.Protocol):
             self._wake()
 
     async def send(self, body: bytes) -> None:
-        """Write one response; waits while the caller reads slower than we write."""
-        if self.gone or self._transport is None:
+        """Write one response; waits while the caller reads slower than we write, and drops it when it does not read at all."""
+        if self._finished or self._transport is None:
             return
         header = _HEADER.pack(_MESSAGE, len(body))
         if len(body) < 65536:
@@ -117,15 +137,33 @@ class Stream(asyncio.Protocol):
         else:
             self._transport.writelines((header, body))
         if self._writable is not None:
-            await self._writable
+            try:
+                async with asyncio.timeout(self._server.send_timeout):
+                    await self._writable
+            except TimeoutError:
+                self.abort()
+                raise ConnectionError(
+                    f"the caller did not read for {self._server.send_timeout:g} s"
+                ) from None
 
     def fail(self, message: str) -> None:
-        """Write the error marker with `message` and close."""
-        if self.gone or self._transport is None:
+        """Write the error marker with `message` and end."""
+        if not self._finished and self._transport is not None:
+            body = p2pd_pb2.RPCError(message=message).SerializeToString()
+            self._transport.write(_HEADER.pack(_ERROR, len(body)) + body)
+            self.finish()
+
+    def finish(self) -> None:
+        """End our side. What still comes is read and dropped: p2pd would lose our last words if it could not write to us."""
+        if self._finished or self._transport is None:
             return
-        body = p2pd_pb2.RPCError(message=message).SerializeToString()
-        self._transport.write(_HEADER.pack(_ERROR, len(body)) + body)
-        self._transport.close()
+        self._finished = self._ended = True
+        self._forget()
+        self._wake()
+        if self.paused:
+            self._transport.resume_reading()
+        self._transport.write_eof()
+        self._last_call = asyncio.get_running_loop().call_later(self._server.linger, self.abort)
 
     def abort(self) -> None:
         """Drop the connection; the handler's task is cancelled."""
@@ -136,6 +174,7 @@ class Stream(asyncio.Protocol):
 
     def _start(self) -> bool:
         """Parse the StreamInfo and start the handler; False while it is incomplete or when the stream is refused."""
+        server = self._server
         size = shift = used = 0
         for byte in self._buffer[:5]:
             size |= (byte & 0x7F) << shift
@@ -153,9 +192,14 @@ class Stream(asyncio.Protocol):
             return False
         info = p2pd_pb2.StreamInfo.FromString(bytes(self._buffer[used : used + size]))
         del self._buffer[: used + size]
-        handler = self._server.handlers.get(info.proto)
+        handler = server.handlers.get(info.proto)
         if handler is None:
             self.abort()
+            return False
+        if len(server.streams) > server.max_streams:
+            self.fail(
+                f"this server has {server.max_streams} open streams, which is its limit; try another one"
+            )
             return False
         self.name = info.proto
         self.remote_id = PeerID(info.peer).to_base58()
@@ -169,21 +213,22 @@ class Stream(asyncio.Protocol):
             log.warning("%s from …%s failed: %s", self.name, self.remote_id[-6:], error)
             self.fail(str(error) or repr(error))
         finally:
-            if self._transport is not None:
-                self._transport.close()
+            self.finish()
 
     def _split_messages(self) -> None:
         buffer, offset = self._buffer, 0
         limit = self._server.message_limit
-        while len(buffer) - offset >= _HEADER.size:
+        while not self._ended and len(buffer) - offset >= _HEADER.size:
             marker, size = _HEADER.unpack_from(buffer, offset)
             if size > limit:
-                self._ended = True
                 self.fail(f"a message of {size} bytes was announced; the limit here is {limit} bytes")
-                break
+                return
+            if marker > _ERROR:
+                self.fail(f"a message with marker {marker} came; 0 and 1 are known")
+                return
             if len(self._pending) >= _PENDING_MESSAGES:
-                if not self._paused and self._transport is not None:
-                    self._paused = True
+                if not self.paused and self._transport is not None:
+                    self.paused = True
                     self._transport.pause_reading()
                 break
             end = offset + _HEADER.size + size
@@ -191,13 +236,38 @@ class Stream(asyncio.Protocol):
                 break
             if marker == _MESSAGE:
                 self._pending.append(bytes(memoryview(buffer)[offset + _HEADER.size : end]))
+                self._unanswered += size
             else:
                 self._ended = True
             offset = end
-        if offset:
+        if self._ended:
+            buffer.clear()
+        elif offset:
             del buffer[:offset]
         if self._pending or self._ended:
             self._wake()
+
+    def _charge(self) -> None:
+        """Count what this stream holds against the budget of all; a stream that would exceed it is refused."""
+        size = max(len(self._buffer) + self._unanswered - FREE_BYTES, 0)
+        if size > self._charged:
+            try:
+                self._server.budget.take(self.remote_id, size - self._charged)
+            except LimitExceeded as error:
+                self.fail(str(error))
+                if self._task is not None:
+                    self._task.cancel()
+                return
+        elif size < self._charged:
+            self._server.budget.give_back(self.remote_id, self._charged - size)
+        self._charged = size
+
+    def _forget(self) -> None:
+        """Drop what was received."""
+        self._buffer.clear()
+        self._pending.clear()
+        self._server.budget.give_back(self.remote_id, self._charged)
+        self._charged = self._unanswered = 0
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -207,9 +277,21 @@ class Stream(asyncio.Protocol):
 class StreamServer:
     """Accepts streams for a set of protocol names through one p2pd; `path` is what the agent must clean up after us."""
 
-    def __init__(self, handlers: Mapping[str, Handler], message_limit: int, socket_dir: Path) -> None:
+    max_streams = 4096
+    send_timeout = 60.0  # seconds for a caller to read what we send
+    linger = 5.0  # seconds for a caller to close after our last word
+
+    def __init__(
+        self,
+        handlers: Mapping[str, Handler],
+        message_limit: int,
+        socket_dir: Path,
+        budget: ByteBudget | None = None,
+    ) -> None:
+        """`message_limit` bytes for one message, `budget` for all that wait for an answer."""
         self.handlers = dict(handlers)
         self.message_limit = message_limit
+        self.budget = ByteBudget(max(2**28, 4 * message_limit)) if budget is None else budget
         self.path = str(socket_dir / f"p2pclient-{secrets.token_hex(4)}.sock")
         self.streams: set[Stream] = set()
         self._server: asyncio.AbstractServer | None = None

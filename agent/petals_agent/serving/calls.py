@@ -49,10 +49,8 @@ async def call(
     server: BlockServer, request: runtime_pb2.ExpertRequest, backward: bool
 ) -> list[runtime_pb2.Tensor]:
     """A whole forward or backward request, tensors in, tensors out."""
-    if server.in_flight >= server.limits.max_waiting_requests:
-        raise LimitExceeded(f"{server.in_flight} requests are in flight, which is the limit here; try again")
     limits, engine = server.limits, server.engine
-    with server.working():
+    with server.calling():
         try:
             async with asyncio.timeout(limits.request_timeout):
                 start, end = server.chain(request.uid)
@@ -129,9 +127,10 @@ def _output_codecs(metadata: dict[str, Any], count: int, default: int) -> list[i
     return list(value)
 
 
-async def unary(server: BlockServer, body: bytes, backward: bool) -> bytes:
+async def unary(server: BlockServer, body: bytes, caller: str, backward: bool) -> bytes:
     """rpc_forward or rpc_backward in one message each way."""
-    outputs = await call(server, _request(body), backward)
+    with server.budget.hold(caller, len(body)):
+        outputs = await call(server, _request(body), backward)
     answer = runtime_pb2.ExpertResponse(tensors=outputs)
     if answer.ByteSize() > _UNARY_LIMIT:
         # hivemind would send nothing at all and leave the caller waiting

@@ -23,10 +23,10 @@ def unary_handlers(server: BlockServer) -> Mapping[str, UnaryHandler]:
         return calls.info(server, runtime_pb2.ExpertUID.FromString(body).uid)
 
     async def rpc_forward(body: bytes, caller: str) -> bytes:
-        return await calls.unary(server, body, backward=False)
+        return await calls.unary(server, body, caller, backward=False)
 
     async def rpc_backward(body: bytes, caller: str) -> bytes:
-        return await calls.unary(server, body, backward=True)
+        return await calls.unary(server, body, caller, backward=True)
 
     async def rpc_push(body: bytes, caller: str) -> bytes:
         return await take_push(server, body)

@@ -117,6 +117,7 @@ async def _steps(
                 if targets and step.prompts is None:
                     send_push(server, targets, metadata, answer, step.others)
                 await stream.send(runtime_pb2.ExpertResponse(tensors=[answer]).SerializeToString())
+        stream.answered()
         body = await _receive(stream, server.limits.step_timeout)
         if body is None:
             return

@@ -26,3 +26,7 @@ class Limits:
     def message_bytes(self, hidden_size: int, blocks: int) -> int:
         """Largest single message on a stream: hidden states and prompts as float32, and room for the rest."""
         return 4 * hidden_size * (2 * self.max_batch_tokens + blocks * self.prompt_tokens) + 2**20
+
+    def waiting_bytes(self, hidden_size: int, blocks: int) -> int:
+        """Requests of all peers that are not answered yet; one message fits into a peer's half of it."""
+        return max(2**28, 4 * self.message_bytes(hidden_size, blocks))

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from petals_agent.engine.engine import Engine
-from petals_agent.errors import Refused, RequestError
+from petals_agent.errors import LimitExceeded, Refused, RequestError
+from petals_agent.p2p.budget import ByteBudget
 from petals_agent.serving.admission import CacheLedger
 from petals_agent.serving.limits import Limits
 from petals_agent.serving.wire import NONE
@@ -38,8 +39,13 @@ class BlockServer:
     sessions: int = 0
     requests: int = 0  # answered, all kinds
     in_flight: int = 0  # steps and calls that are being worked on
+    calls: int = 0  # forwards and backwards among them
+    budget: ByteBudget = field(init=False)  # for requests that wait
     _draining: bool = False
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.budget = ByteBudget(self.limits.waiting_bytes(self.engine.backend.hidden_size, self.blocks))
 
     @property
     def blocks(self) -> int:
@@ -76,6 +82,20 @@ class BlockServer:
             self.requests += 1
             if self.in_flight == 0:
                 self._idle.set()
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """`working` around a forward or backward, of which only so many may wait."""
+        if self.calls >= self.limits.max_waiting_requests:
+            raise LimitExceeded(
+                f"{self.calls} forwards and backwards wait, which is the limit here; try again"
+            )
+        self.calls += 1
+        try:
+            with self.working():
+                yield
+        finally:
+            self.calls -= 1
 
     async def drain(self, timeout: float | None) -> int:
         """Refuse what is new and wait for what is in flight; returns how many are still unanswered after `timeout` s."""
