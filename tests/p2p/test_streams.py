@@ -292,3 +292,32 @@ async def test_any_bytes(serve: Serve, data: bytes) -> None:
     await until(lambda: not server.streams, 5, "the stream is forgotten")
     assert server.budget.used == 0
     await server.stop()
+
+
+async def test_what_comes_another_way_waits_with_the_rest(serve: Serve) -> None:
+    """Up to 8, and as far as the budget goes; more are dropped."""
+    server = await serve(budget=20 * LIMIT)
+    peer = await Peer.open(server)
+    await until(lambda: server.streams, 5, "the stream is here")
+    (stream,) = server.streams
+    await until(lambda: stream.name, 5, "its handler runs")
+    for number in range(12):
+        stream.inject(bytes([number]))
+    peer.writer.write(END)
+    assert [await peer.receive() for _ in range(8)] == [(0, bytes([number])) for number in range(8)]
+    assert await peer.closed()
+
+
+async def test_what_comes_another_way_counts(serve: Serve) -> None:
+    async def never(stream: Stream) -> None:
+        await asyncio.Event().wait()
+
+    server = await serve(never, budget=8 * LIMIT)
+    peer = await Peer.open(server)
+    await until(lambda: any(stream.name for stream in server.streams), 5, "its handler runs")
+    (stream,) = server.streams
+    for _ in range(8):
+        stream.inject(b"x" * LIMIT)
+    assert 3 * LIMIT < server.budget.used <= 4 * LIMIT
+    peer.writer.close()
+    await until(lambda: server.budget.used == 0, 5, "everything is given back")

@@ -70,7 +70,12 @@ class Stream(asyncio.Protocol):
         if self._task is None and not self._start():
             return
         self._split_messages()
-        self._charge()
+        try:
+            self._charge()
+        except LimitExceeded as error:
+            self.fail(str(error))
+            if self._task is not None:
+                self._task.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.gone = True
@@ -123,7 +128,14 @@ class Stream(asyncio.Protocol):
 
     def inject(self, body: bytes) -> None:
         """Queue a request that came another way (a push); dropped when too many wait already."""
-        if len(self._pending) < _PENDING_MESSAGES:
+        if self._finished or len(self._pending) >= _PENDING_MESSAGES:
+            return
+        self._unanswered += len(body)
+        try:
+            self._charge()
+        except LimitExceeded:
+            self._unanswered -= len(body)
+        else:
             self._pending.append(body)
             self._wake()
 
@@ -248,16 +260,10 @@ class Stream(asyncio.Protocol):
             self._wake()
 
     def _charge(self) -> None:
-        """Count what this stream holds against the budget of all; a stream that would exceed it is refused."""
+        """Count what this stream holds against the budget of all; raises LimitExceeded when that is too much."""
         size = max(len(self._buffer) + self._unanswered - FREE_BYTES, 0)
         if size > self._charged:
-            try:
-                self._server.budget.take(self.remote_id, size - self._charged)
-            except LimitExceeded as error:
-                self.fail(str(error))
-                if self._task is not None:
-                    self._task.cancel()
-                return
+            self._server.budget.take(self.remote_id, size - self._charged)
         elif size < self._charged:
             self._server.budget.give_back(self.remote_id, self._charged - size)
         self._charged = size

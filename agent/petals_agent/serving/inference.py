@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,12 @@ from petals_agent.engine.session import Session
 from petals_agent.errors import LimitExceeded, RequestError
 from petals_agent.p2p.streams import Stream
 from petals_agent.serving import wire
-from petals_agent.serving.push import SeenSteps, send_push
+from petals_agent.serving.push import Pushed, SeenSteps, send_push
 from petals_agent.serving.server import BlockServer, check_adapter
 
 from hivemind.proto import runtime_pb2  # isort: skip
+
+log = logging.getLogger("petals_agent.inference")
 
 _LARGE = 2**18  # elements from which encoding would hold up other sessions
 
@@ -92,36 +95,43 @@ async def _steps(
 ) -> None:
     structure = metadata.get("args_structure")  # the first request's counts for the whole session
     seen = SeenSteps()
-    engine, compression = server.engine, server.compression
+    pushed = False
     while request.tensors:
-        if seen.take(wire.text(metadata, "step_id")):
-            with server.working():
-                step = _check_step(server, session, request, metadata, structure)
-                if step.hidden.numel() == 0:
-                    if step.rollback_to is not None:
-                        session.length = step.rollback_to
-                    output = step.hidden.to(engine.backend.dtype)
-                else:
-                    output = await engine.step(
-                        session,
-                        step.hidden,
-                        prompts=step.prompts,
-                        hypo_ids=step.hypo_ids,
-                        rollback_to=step.rollback_to,
-                    )
-                if output.numel() > _LARGE:
-                    answer = await asyncio.to_thread(wire.encode_tensor, output, compression)
-                else:
-                    answer = wire.encode_tensor(output, compression)
-                targets = wire.next_servers(metadata, server.limits.max_next_servers)
-                if targets and step.prompts is None:
-                    send_push(server, targets, metadata, answer, step.others)
-                await stream.send(runtime_pb2.ExpertResponse(tensors=[answer]).SerializeToString())
+        with server.working():
+            step = _next_step(server, session, request, metadata, structure, seen, pushed)
+            if step is not None:
+                await _answer(server, stream, session, step, metadata)
         stream.answered()
         body = await _receive(stream, server.limits.step_timeout)
         if body is None:
             return
+        pushed = isinstance(body, Pushed)
         request, metadata = _parse(server, body)
+
+
+async def _answer(
+    server: BlockServer, stream: Stream, session: Session, step: Step, metadata: dict[str, Any]
+) -> None:
+    if step.hidden.numel() == 0:
+        if step.rollback_to is not None:
+            session.length = step.rollback_to
+        output = step.hidden.to(server.engine.backend.dtype)
+    else:
+        output = await server.engine.step(
+            session,
+            step.hidden,
+            prompts=step.prompts,
+            hypo_ids=step.hypo_ids,
+            rollback_to=step.rollback_to,
+        )
+    if output.numel() > _LARGE:
+        answer = await asyncio.to_thread(wire.encode_tensor, output, server.compression)
+    else:
+        answer = wire.encode_tensor(output, server.compression)
+    targets = wire.next_servers(metadata, server.limits.max_next_servers)
+    if targets and step.prompts is None:
+        send_push(server, targets, metadata, answer, step.others)
+    await stream.send(runtime_pb2.ExpertResponse(tensors=[answer]).SerializeToString())
 
 
 async def _receive(stream: Stream, timeout: float) -> bytes | None:
@@ -155,6 +165,30 @@ def _max_length(server: BlockServer, metadata: dict[str, Any]) -> int:
     if not 0 <= value <= limit:
         raise LimitExceeded(f"max_length must be within 0 and inference_max_length ({limit}), not {value}")
     return value
+
+
+def _next_step(
+    server: BlockServer,
+    session: Session,
+    request: runtime_pb2.ExpertRequest,
+    metadata: dict[str, Any],
+    structure: Any,
+    seen: SeenSteps,
+    pushed: bool,
+) -> Step | None:
+    """The step to compute; None for a copy of one that was, and for a push that fits nothing (the client's copy will come)."""
+    try:
+        step_id = wire.text(metadata, "step_id")
+        if step_id in seen:
+            return None
+        step = _check_step(server, session, request, metadata, structure)
+    except RequestError as error:
+        if not pushed:
+            raise
+        log.debug("a push was of no use: %s", error)
+        return None
+    seen.add(step_id)
+    return step
 
 
 def _check_step(

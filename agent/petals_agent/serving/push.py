@@ -29,17 +29,21 @@ class SeenSteps:
         self._order: deque[str] = deque()
         self._known: set[str] = set()
 
-    def take(self, step_id: str | None) -> bool:
-        """True the first time an id comes; steps without one are always new."""
+    def __contains__(self, step_id: str | None) -> bool:
+        return step_id in self._known
+
+    def add(self, step_id: str | None) -> None:
+        """Remember an id for a while; steps without one are always new."""
         if step_id is None:
-            return True
-        if step_id in self._known:
-            return False
+            return
         self._known.add(step_id)
         self._order.append(step_id)
         if len(self._order) > _REMEMBERED_STEPS:
             self._known.discard(self._order.popleft())
-        return True
+
+
+class Pushed(bytes):
+    """A request that another server sent, beside the client's own copy."""
 
 
 @dataclass(eq=False)
@@ -62,15 +66,20 @@ class PushTable:
 
 async def take_push(server: BlockServer, body: bytes) -> bytes:
     """rpc_push: hand the request to its session and answer at once; an unknown session is no error."""
-    request = runtime_pb2.ExpertRequest.FromString(body)
+    try:
+        request = runtime_pb2.ExpertRequest.FromString(body)
+    except Exception:
+        raise RequestError(f"{len(body)} bytes came that are no ExpertRequest") from None
     server.chain(request.uid)
     metadata = decode_metadata(request.metadata, server.limits.max_metadata_bytes)
     session_id = metadata.get("session_id")
     if not isinstance(session_id, str):
         raise RequestError("rpc_push needs the session_id of the session that it is for")
+    if not request.tensors:
+        raise RequestError("a push came without tensors; only the client may end its session")
     stream = server.pushes.streams.get(session_id)
     if stream is not None:
-        stream.inject(body)
+        stream.inject(Pushed(body))
     return b""
 
 
