@@ -117,6 +117,7 @@ class Peer:
         """The same, on the peer's loop."""
         metadata = {"max_length": hidden.shape[1]}
         tensors = [hidden, torch.empty(0), torch.empty(0, dtype=torch.int64)]
+        answered = asyncio.Event()
 
         async def requests() -> AsyncIterator[runtime_pb2.ExpertRequest]:
             yield runtime_pb2.ExpertRequest(
@@ -124,14 +125,22 @@ class Peer:
                 tensors=[serialize_torch_tensor(tensor) for tensor in tensors],
                 metadata=MSGPackSerializer.dumps(metadata),
             )
+            await answered.wait()
             yield runtime_pb2.ExpertRequest()
 
         answers = await self.p2p.iterate_protobuf_handler(
             PeerID.from_base58(peer_id), f"{HANDLER}.rpc_inference", requests(), runtime_pb2.ExpertResponse
         )
-        async for answer in answers:
-            return deserialize_torch_tensor(answer.tensors[0])
-        raise AssertionError("the stream ended without an answer")
+        output: torch.Tensor | None = None
+        try:
+            async for answer in answers:
+                output = deserialize_torch_tensor(answer.tensors[0])
+                answered.set()
+        except ConnectionError:  # hivemind's last word, when the server has ended the session before it
+            if output is None:
+                raise
+        assert output is not None, "the stream ended without an answer"
+        return output
 
 
 def chain(first: int, last: int) -> str:
