@@ -129,7 +129,12 @@ class Session:
     async def vanish(self) -> None:
         """Reset the stream without a word."""
         if self._answers is not None:
-            await self._answers.aclose()  # type: ignore[attr-defined]
+            # a generator that nobody has read from closes nothing
+            reading = asyncio.ensure_future(anext(self._answers))
+            await asyncio.sleep(0)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            self._answers = None
 
     async def _feed(self) -> AsyncIterator[Any]:
         while (message := await self._out.get()) is not None:

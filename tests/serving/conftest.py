@@ -89,5 +89,5 @@ async def swarm(running: Swarm) -> AsyncIterator[Swarm]:
     yield running
     await running.caller.vanish()
     for host in (running.first, running.second):
-        await until(lambda host=host: host.idle, 5, f"sessions and cache of {host.server} are free")
+        await until(lambda host=host: host.idle, 5, "sessions and cache are free")
         host.restore()

@@ -47,7 +47,7 @@ class CacheLedger:
         except BaseException as error:
             if granted.done() and not granted.cancelled():
                 self.release(units)  # granted in the very moment we gave up
-            else:
+            elif entry in self._waiting:  # else `_grant` has found it cancelled
                 self._waiting.remove(entry)
                 self._grant()  # a smaller request behind us may fit
             if isinstance(error, TimeoutError):
