@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 
 import petals_agent

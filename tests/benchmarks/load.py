@@ -255,7 +255,7 @@ class Load:
             await asyncio.wait_for(
                 asyncio.gather(*(session.run(count) for session in sessions)), STEP_TIMEOUT_S
             )
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise Void(
                 f"{len(sessions)} sessions did not finish {count} steps in {STEP_TIMEOUT_S:g} s"
             ) from None

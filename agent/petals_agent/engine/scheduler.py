@@ -83,7 +83,8 @@ class Scheduler(Generic[W]):
         self.training_share = training_share
         self._waiting: OrderedDict[int, W] = OrderedDict()  # by id(work), in order of arrival
         self._training = 0  # training works that are not finished
-        self._answered: dict[Hashable, float] = {}  # sessions of the last two decode steps → when they were answered
+        # sessions of the last two decode steps → when they were answered
+        self._answered: dict[Hashable, float] = {}
         self._last_decode: set[Hashable] = set()  # sessions of the last one
         self._return_s = 0.0  # running mean of the time from an answer to the session's next step
         self._returns = 0
