@@ -187,7 +187,7 @@ async def test_alloc_timeout_runs_out(swarm: Swarm) -> None:
     one, two = (swarm.caller.session(swarm.first.peer_id, 0, 4) for _ in range(2))
     await one.step(torch.zeros(1, 1, 32), max_length=40)
     await two.send(two.step_request(torch.zeros(1, 1, 32), max_length=20, alloc_timeout=0.2))
-    with pytest.raises(P2PHandlerError, match="160 cache units did not become free within 0.2 s"):
+    with pytest.raises(P2PHandlerError, match=r"160 cache units did not become free within 0\.2 s"):
         await two.receive()
     await one.close()
 
