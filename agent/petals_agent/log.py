@@ -39,11 +39,17 @@ class _JsonFormatter(logging.Formatter):
 
 
 def setup(level: str, form: str) -> None:
-    """Configure the root logger; "auto" means priorities under systemd, plain text elsewhere."""
+    """Configure the root logger; "auto" means priorities under systemd, plain text elsewhere.
+
+    Call it after the imports: hivemind brings a handler of its own with the first of its modules, and loses it here.
+    """
     handler = logging.StreamHandler(sys.stderr)
     if form == "json":
         handler.setFormatter(_JsonFormatter())
     else:
         handler.setFormatter(_TextFormatter(priorities=form == "auto" and "JOURNAL_STREAM" in os.environ))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("hivemind").setLevel(logging.ERROR if level != "debug" else logging.DEBUG)
+    hivemind = logging.getLogger("hivemind")
+    hivemind.handlers.clear()
+    hivemind.propagate = True
+    hivemind.setLevel(logging.DEBUG if level == "debug" else logging.ERROR)

@@ -18,22 +18,15 @@ from harness.processes import Processes
 from petals_agent.errors import IdentityTaken
 from petals_agent.p2p.daemon import Daemon, DaemonOptions
 from petals_agent.supervisor.network import Connection, Network, fixed_ports
+from petals_agent.supervisor.states import Life
 from petals_agent.swarm.identity import ensure_identity
 
 WAIT_S = 30.0
 
 
-class Story:
-    """What a network noted, in order."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def __call__(self, name: str, text: str) -> None:
-        self.lines.append(f"{name}: {text}")
-
-    def tells(self, words: str) -> bool:
-        return any(words in line for line in self.lines)
+def tells(life: Life, words: str) -> bool:
+    """Whether one of its events says so."""
+    return any(words in event.text for event in life.events)
 
 
 def options(folder: Path, *peers: str, **more: Any) -> DaemonOptions:
@@ -89,8 +82,8 @@ def test_chosen_ports_are_kept(listen: str, visible: list[str], fixed: str) -> N
 
 
 async def test_p2pd_is_replaced_at_the_same_place(bootstrap: str, tmp_path: Path) -> None:
-    story = Story()
-    network = Network(options(tmp_path, bootstrap), story)
+    life = Life()
+    network = Network(options(tmp_path, bootstrap), life)
     async with running(network):
         for death in range(3):
             connection, maddrs = await connected(network), network.maddrs
@@ -101,12 +94,12 @@ async def test_p2pd_is_replaced_at_the_same_place(bootstrap: str, tmp_path: Path
             assert again is not connection and again.daemon.peer_id == connection.daemon.peer_id
             assert network.maddrs == maddrs
             assert network.peers == 1  # it is back in the DHT
-    assert story.tells("p2pd ended with status -9")
+    assert tells(life, "p2pd ended with status -9")
     assert sorted(path.name for path in tmp_path.glob("*.sock")) == []
 
 
 async def test_first_node_of_a_swarm(tmp_path: Path) -> None:
-    network = Network(options(tmp_path), Story())
+    network = Network(options(tmp_path), Life())
     async with running(network):
         await connected(network)
         assert network.problem is None and network.peers == 0
@@ -118,24 +111,24 @@ async def test_entry_node_comes_later(tmp_path: Path, free_port: Callable[[], in
     peer_id = ensure_identity(tmp_path / "entry" / "id.key")
     listen = f"/ip4/127.0.0.1/tcp/{free_port()}"
     maddr = f"{listen}/p2p/{peer_id}"
-    story = Story()
-    network = Network(options(tmp_path / "ours", maddr), story)
+    life = Life()
+    network = Network(options(tmp_path / "ours", maddr), life)
     async with running(network):
         await until(lambda: network.problem is not None)
         assert f"no bootstrap peer answers ({maddr})" in str(network.problem)
         assert network.connection is None
-        entry = Network(options(tmp_path / "entry", listen=(listen,)), Story())
+        entry = Network(options(tmp_path / "entry", listen=(listen,)), Life())
         async with running(entry):
             await connected(network)
             await until(lambda: network.problem is None)
             assert network.peers == 1
-    assert story.lines[-1] == "network: connected"
+    assert life.events[-1].text == "connected"
 
 
 async def test_port_is_taken_for_a_while(bootstrap: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as squatter:
         listen = f"/ip4/127.0.0.1/tcp/{squatter.getsockname()[1]}"
-        network = Network(options(tmp_path, bootstrap, listen=(listen,)), Story())
+        network = Network(options(tmp_path, bootstrap, listen=(listen,)), Life())
         async with running(network):
             await until(lambda: network.problem is not None)
             assert f"cannot listen on {listen}" in str(network.problem)
@@ -154,7 +147,7 @@ async def elsewhere(folder: Path, bootstrap: str) -> Daemon:
 
 async def test_identity_that_is_live_elsewhere(bootstrap: str, tmp_path: Path) -> None:
     other = await elsewhere(tmp_path, bootstrap)
-    network = Network(options(tmp_path, bootstrap), Story())
+    network = Network(options(tmp_path, bootstrap), Life())
     try:
         async with running(network) as task:
             with pytest.raises(IdentityTaken, match=f"another live peer .*{other.peer_id}"):
@@ -166,7 +159,7 @@ async def test_identity_that_is_live_elsewhere(bootstrap: str, tmp_path: Path) -
 
 async def test_identity_whose_last_user_is_just_going(bootstrap: str, tmp_path: Path) -> None:
     other = await elsewhere(tmp_path, bootstrap)
-    network = Network(options(tmp_path, bootstrap), Story())
+    network = Network(options(tmp_path, bootstrap), Life())
     async with running(network) as task:
         done, _ = await asyncio.wait({task}, timeout=1.5)
         assert not done and network.connection is None  # it looks, and waits
@@ -176,7 +169,7 @@ async def test_identity_whose_last_user_is_just_going(bootstrap: str, tmp_path: 
 
 
 async def test_client_of_the_dht(bootstrap: str, tmp_path: Path) -> None:
-    network = Network(options(tmp_path, bootstrap), Story())
+    network = Network(options(tmp_path, bootstrap), Life())
     async with running(network):
         before = await connected(network)
         assert not before.client
@@ -195,9 +188,10 @@ from petals_agent.p2p import light
 light.install(without_torch=True)
 from petals_agent.p2p.daemon import DaemonOptions
 from petals_agent.supervisor.network import Network
+from petals_agent.supervisor.states import Life
 
 async def main():
-    network = Network(DaemonOptions(initial_peers=[{bootstrap!r}], socket_dir=Path({str(tmp_path)!r})), lambda *_: None)
+    network = Network(DaemonOptions(initial_peers=[{bootstrap!r}], socket_dir=Path({str(tmp_path)!r})), Life())
     task = asyncio.create_task(network.run())
     for _ in range(2):
         connection = await network.connected()

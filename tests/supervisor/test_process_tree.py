@@ -14,11 +14,12 @@ from harness.processes import pss_mb, python_count
 from .conftest import Swarm
 
 
-def test_agent_has_two_children_and_no_torch(swarm: Swarm) -> None:
+def test_two_interpreters_and_one_torch(swarm: Swarm) -> None:
     status = swarm.first.online()
     tree = swarm.first.family()
     assert python_count(tree) == 2
-    assert sorted(process.pid for process in tree) == sorted(status["pids"].values())
+    others = {process.name() for process in tree if process.pid not in status["pids"].values()}
+    assert others <= {"p2pd"}  # the one that looks whether a peer can be dialled, for some seconds
     agent = psutil.Process(status["pids"]["agent"])
     assert pss_mb([agent]) < 150
     assert "torch" not in Path(f"/proc/{agent.pid}/maps").read_text()
@@ -34,10 +35,10 @@ def test_children_may_open_many_files(swarm: Swarm) -> None:
         assert soft == str(hard) or soft == "unlimited"
 
 
-def test_two_agents_share_no_socket(swarm: Swarm) -> None:
+def test_sockets_lie_beside_the_control_socket(swarm: Swarm) -> None:
     swarm.first.online()
-    names = sorted(path.name.split("-")[0] for path in swarm.first.socket.parent.iterdir())
-    assert names == ["c.sock", "p2pclient", "p2pd"]
+    names = {path.name.split("-")[0] for path in swarm.first.socket.parent.iterdir()}
+    assert names == {"c.sock", "p2pclient", "p2pd"}
 
 
 def test_importing_the_agent_loads_no_torch() -> None:

@@ -16,14 +16,15 @@ from petals_agent.errors import SwarmError
 from petals_agent.supervisor import reachability as module
 from petals_agent.supervisor.network import Network
 from petals_agent.supervisor.reachability import Reachability
+from petals_agent.supervisor.states import Life
 from petals_agent.supervisor.tasks import first
 from petals_agent.swarm.reachability import MAX_CHECKS_PER_MINUTE, ask_monitor, ask_peers, call_check
 
-from .test_network import Story, connected, options
+from .test_network import connected, options, tells
 
 
-def reachability(source: str | None, network: Network, note: Story, *peers: str) -> Reachability:
-    return Reachability(source, network, peers, network._options.socket_dir, note)
+def reachability(source: str | None, network: Network, life: Life, *peers: str) -> Reachability:
+    return Reachability(source, network, peers, network._options.socket_dir, life)
 
 
 class Member:
@@ -31,9 +32,9 @@ class Member:
 
     def __init__(self, folder: Path, *peers: str, source: str | None = None, **more: Any) -> None:
         folder.mkdir()
-        self.story = Story()
-        self.network = Network(options(folder, *peers, **more), self.story)
-        self.reachability = reachability(source, self.network, self.story, *peers)
+        self.life = Life()
+        self.network = Network(options(folder, *peers, **more), self.life)
+        self.reachability = reachability(source, self.network, self.life, *peers)
         self._task: asyncio.Task[Any] | None = None
 
     async def __aenter__(self) -> Member:
@@ -94,7 +95,7 @@ async def test_member_that_cannot_be_dialled(tmp_path: Path, free_port: Any) -> 
         async with Member(tmp_path / "ours", entry.maddr, source="peers", announce=(nobody,)) as ours:
             assert await ours.known() is True
             assert (await connected(ours.network)).client
-            assert ours.story.tells("most peers cannot dial us")
+            assert tells(ours.life, "most peers cannot dial us")
 
 
 async def test_first_node_and_peers_without_opinion(tmp_path: Path, bootstrap: str) -> None:
@@ -166,7 +167,7 @@ async def test_monitor_says_yes_after_a_while(
         assert await ours.known() is False
         peer_id = (await connected(ours.network)).daemon.peer_id
     assert monitor.asked == [f"/api/v1/is_reachable/{peer_id}"] * 3
-    assert ours.story.tells("the monitor cannot reach us: all dials failed")
+    assert tells(ours.life, "the monitor cannot reach us: all dials failed")
 
 
 async def test_monitor_says_no_for_good(
@@ -191,4 +192,4 @@ async def test_monitor_without_verdict(monitor: Monitor, answer: tuple[int, byte
 async def test_monitor_that_is_not_there_is_done_without(tmp_path: Path, free_port: Any) -> None:
     async with Member(tmp_path / "ours", source=f"http://127.0.0.1:{free_port()}") as ours:
         assert await ours.known() is False
-        assert ours.story.tells("gives no verdict") and ours.story.tells("going on without")
+        assert tells(ours.life, "gives no verdict") and tells(ours.life, "going on without")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,7 +21,7 @@ def test_a_whole_life_of_a_private_model(
     processes: Processes, bootstrap: str, tmp_path: Path, tiny_llama: Path
 ) -> None:
     with Peer([bootstrap]) as peer:
-        private = '[model]\ndht_prefix = "_mine"'
+        private = '[model]\ndht_prefix = "_mine"\n[log]\nformat = "json"'
         agent = start_live(processes, tmp_path / "a", tiny_llama, "2:6", [bootstrap], private)
         peer_id = agent.until(lambda status: True, 30, "an answer")["peer_id"]
         seen: list[int] = []
@@ -44,6 +45,13 @@ def test_a_whole_life_of_a_private_model(
         assert peer.read("_petals.models") == {}
     assert not list(agent.socket.parent.iterdir())
     assert noise(agent.process) == []
+    lines = [json.loads(line) for line in agent.process.err.read_text().splitlines()]
+    loggers = {line["logger"] for line in lines}
+    assert {
+        "petals_agent.state",
+        "petals_agent.announce",
+        "petals_agent.backends",
+    } <= loggers  # both processes
 
 
 def run(config: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -43,9 +43,9 @@ class Agent:
         self.started = time.time()
         self.peer_id = ""
         socket_dir = config.control.socket.parent
-        self.network = Network(_daemon_options(config), self.life.note)
+        self.network = Network(_daemon_options(config), self.life)
         self.reachability = Reachability(
-            config.swarm.reachability, self.network, config.swarm.entry_peers, socket_dir, self.life.note
+            config.swarm.reachability, self.network, config.swarm.entry_peers, socket_dir, self.life
         )
         self.serving = Serving(config, self.network, self.reachability, self.life)
         self.announcing = Announcing(config, self.network, self.reachability, self.serving, self.life)

@@ -58,19 +58,19 @@ class Announcing:
                 raise SwarmError("there is no connection to the swarm")
             await self._announce(self._network.connection, ServerState.OFFLINE, OFFLINE_TIMEOUT_S)
         except SwarmError as error:
-            self._life.note("announce", f"the OFFLINE record did not go out: {error}")
+            self._life.warn("announce", f"the OFFLINE record did not go out: {error}")
 
     @property
     def throughput(self) -> float | None:
         """tokens/s of our span as announced; None before it is known."""
-        loaded = self._serving.loaded
-        if loaded is None:
+        measured = self._serving.measured
+        if measured is None:
             configured = self._config.serve.throughput
             return None if isinstance(configured, str) else float(configured)
-        if loaded.network_rps is None or loaded.forward_rps is None:
-            return loaded.throughput
-        blocks, relayed = loaded.end - loaded.start, self._reachability.relayed
-        return span_throughput(loaded.network_rps, loaded.forward_rps, blocks, relayed=relayed)
+        if measured.network_rps is None or measured.forward_rps is None:
+            return measured.throughput
+        blocks, relayed = measured.end - measured.start, self._reachability.relayed
+        return span_throughput(measured.network_rps, measured.forward_rps, blocks, relayed=relayed)
 
     async def _keep_record(self) -> NoReturn:
         period = self._config.swarm.update_period
@@ -90,7 +90,7 @@ class Announcing:
                 await self._announce(connection, self._serving.state, min(period, STORE_TIMEOUT_S))
             except SwarmError as error:
                 if not failures:
-                    self._life.note("announce", f"{error}; trying again")
+                    self._life.warn("announce", f"{error}; trying again")
                 due = time.monotonic() + min(period, _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
                 failures += 1
                 continue
@@ -117,7 +117,7 @@ class Announcing:
 
     def _record(self, state: ServerState, span: tuple[int, int], dtype: str) -> ServerInfo:
         """Our record as it is true now."""
-        loaded = self._serving.loaded
+        rates = self._serving.measured
         return ServerInfo(
             state=state,
             throughput=self.throughput or 0.0,
@@ -125,9 +125,9 @@ class Announcing:
             end_block=span[1],
             public_name=self._config.swarm.public_name or None,
             version=__version__,
-            network_rps=loaded.network_rps if loaded is not None else None,
-            forward_rps=loaded.forward_rps if loaded is not None else None,
-            inference_rps=loaded.inference_rps if loaded is not None else None,
+            network_rps=rates.network_rps if rates is not None else None,
+            forward_rps=rates.forward_rps if rates is not None else None,
+            inference_rps=rates.inference_rps if rates is not None else None,
             torch_dtype=dtype,
             quant_type="none",
             using_relay=self._reachability.relayed,

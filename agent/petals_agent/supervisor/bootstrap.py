@@ -19,6 +19,7 @@ from petals_agent.processes import raise_file_limit  # noqa: E402
 from petals_agent.supervisor.network import DHT_TIMEOUT_S, Network  # noqa: E402
 from petals_agent.supervisor.reachability import Reachability  # noqa: E402
 from petals_agent.supervisor.sockets import remove_stale_sockets  # noqa: E402
+from petals_agent.supervisor.states import Life  # noqa: E402
 from petals_agent.supervisor.tasks import first  # noqa: E402
 from petals_agent.swarm.identity import IdentityLock, ensure_identity  # noqa: E402
 
@@ -52,10 +53,11 @@ async def bootstrap(
         initial_peers=initial_peers,
         socket_dir=socket_dir,
     )
-    network = Network(options, _note)  # looks at the identity before it may be made
+    life = Life()
+    network = Network(options, life)  # looks at the identity before it may be made
     await asyncio.to_thread(ensure_identity, identity)
     lock = IdentityLock(identity)
-    reachability = Reachability(None, network, initial_peers, socket_dir, _note)
+    reachability = Reachability(None, network, initial_peers, socket_dir, life)
     try:
         await first(stop.wait(), network.run(), reachability.run(), _refresh(network, ready))
     finally:
@@ -76,7 +78,3 @@ async def _refresh(network: Network, ready: Callable[[Sequence[str]], None]) -> 
                 await connection.node.get(f"refresh.{secrets.token_hex(8)}", latest=True)
         except Exception as error:  # hivemind raises what it likes, e.g. when p2pd has just ended
             log.info("the routing table was not renewed: %s", error or type(error).__name__)
-
-
-def _note(name: str, text: str) -> None:
-    log.info("%s: %s", name, text)

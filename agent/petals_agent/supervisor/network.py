@@ -6,13 +6,14 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from petals_agent.errors import DaemonError, IdentityTaken, SwarmError
 from petals_agent.p2p import light
 from petals_agent.p2p.daemon import Daemon, DaemonOptions
+from petals_agent.supervisor.states import Life
 from petals_agent.swarm.identity import check_not_live, is_there
 
 light.install(without_torch=True)
@@ -40,10 +41,10 @@ class Connection:
 class Network:
     """`run()` as a task; `await connected()` gives the present connection, which changes when p2pd is replaced."""
 
-    def __init__(self, options: DaemonOptions, note: Callable[[str, str], None]) -> None:
-        """`note` takes an event's name and text. An identity that exists already is checked for another live user."""
+    def __init__(self, options: DaemonOptions, life: Life) -> None:
+        """An identity that exists already is checked for another live user before p2pd starts with it."""
         self._options = options
-        self._note = note
+        self._life = life
         self._unproven = options.identity is not None and is_there(options.identity)
         self._known: list[str] = []  # peers met in earlier lives of p2pd
         self._up = asyncio.Event()
@@ -75,7 +76,7 @@ class Network:
                 self._replacing = False
                 continue
             self.restarts += 1
-            self._note("p2pd", f"p2pd ended with status {status}; starting it again")
+            self._life.warn("p2pd", f"p2pd ended with status {status}; starting it again")
             short_lives = 0 if time.monotonic() - began > _STEADY_S else short_lives + 1
             await _pause(short_lives - 1)
 
@@ -96,12 +97,12 @@ class Network:
                 raise
             except SwarmError as error:
                 if self.problem != str(error):
-                    self._note("network", f"not connected, trying again: {error}")
+                    self._life.warn("network", f"not connected, trying again: {error}")
                 self.problem = str(error)
                 attempt += 1
                 await _pause(attempt)
         if self.problem is not None:
-            self._note("network", "connected")
+            self._life.note("network", "connected")
             self.problem = None
 
     async def _start(self) -> None:

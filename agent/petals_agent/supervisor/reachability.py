@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from petals_agent.errors import SwarmError
 from petals_agent.supervisor.network import DHT_TIMEOUT_S, Connection, Network
+from petals_agent.supervisor.states import Life
 from petals_agent.supervisor.tasks import first
 from petals_agent.swarm.reachability import ReachabilityProtocol, ask_monitor, ask_peers
 
 _ASKED_AGAIN_S = (1.0, 2.0)  # a peer that was told of us only now may not find us yet
 _MONITOR_RETRY_S = 15.0
 _MONITOR_ATTEMPTS = 29
-_IDLE_CHECK_S = 15.0
+_IDLE_CHECK_S = 5.0
 
 
 class Reachability:
@@ -27,12 +28,12 @@ class Reachability:
         network: Network,
         entry_peers: Sequence[str],
         socket_dir: Path,
-        note: Callable[[str, str], None],
+        life: Life,
     ) -> None:
         """`source` of what we know of ourselves: "peers", a monitor's URL, or None to answer only; "off": not even that."""
         self._source = source
         self._network = network
-        self._note = note
+        self._life = life
         self._checks = ReachabilityProtocol(lambda: (*network.maddrs, *entry_peers), socket_dir)
         self.relayed = False
         self.known = asyncio.Event()
@@ -60,7 +61,7 @@ class Reachability:
             async with asyncio.timeout(DHT_TIMEOUT_S):
                 await first(self._checks.attach(connection.node.protocol.p2p), connection.lost.wait())
         except Exception as error:  # without it we serve all the same
-            self._note("reachability", f"peers cannot ask us: {error or type(error).__name__}")
+            self._life.warn("reachability", f"peers cannot ask us: {error or type(error).__name__}")
 
     async def stop(self) -> None:
         """End the probe's p2pd, if there is one."""
@@ -70,7 +71,7 @@ class Reachability:
         if self._source is not None and self._source != "peers":
             await self._ask_monitor(self._source)
         elif await self._peers_say_no(connection):
-            self._note(
+            self._life.warn(
                 "reachability", "most peers cannot dial us; going on through relays (see swarm.announce)"
             )
             self.relayed = True
@@ -92,11 +93,11 @@ class Reachability:
             try:
                 reachable, words = await ask_monitor(url, (await self._network.connected()).daemon.peer_id)
             except SwarmError as error:
-                self._note("reachability", f"{error}; going on without")
+                self._life.warn("reachability", f"{error}; going on without")
                 return
             if reachable:
                 return
-            self._note(
+            self._life.warn(
                 "reachability", f"the monitor cannot reach us: {words or 'no reason given'}; asking again"
             )
             await asyncio.sleep(_MONITOR_RETRY_S)

@@ -45,6 +45,7 @@ class Serving:
         self.model: messages.Inspected | None = None
         self.span: tuple[int, int] | None = None
         self.loaded: messages.Loaded | None = None
+        self.measured: messages.Loaded | None = None  # the last one, also while the next is loading
         self.progress: messages.Progress | None = None
         self.container: ContainerProcess | None = None
         self.restarts = 0
@@ -60,7 +61,7 @@ class Serving:
                 ended = str(error)
             failures = 1 if time.monotonic() - began > _STEADY_S else failures + 1
             self.restarts += 1
-            self._life.note("container", f"{ended}; starting another one")
+            self._life.warn("container", f"{ended}; starting another one")
             if self._life.state is not State.STARTING:
                 self._life.enter(State.RECOVERING, ended)
             await self._clean_up()
@@ -99,7 +100,7 @@ class Serving:
             limit = None if timeout is None else timeout + 1.0
             drained = await container.request(messages.Drain(timeout=timeout), messages.Drained, limit)
         except ContainerError as error:
-            self._life.note("drain", f"not drained: {error}")
+            self._life.warn("drain", f"not drained: {error}")
             return
         if drained.in_flight:
             self._life.note(
@@ -127,7 +128,7 @@ class Serving:
         self.model = model
         self._announce_as(ServerState.JOINING)
         load = messages.Load(start=self.span[0], end=self.span[1])
-        self.loaded = await container.request(load, messages.Loaded, timeout=None)
+        self.loaded = self.measured = await container.request(load, messages.Loaded, timeout=None)
         self.progress = None
         await self._reachability.known.wait()
         while True:
@@ -151,7 +152,7 @@ class Serving:
             except ContainerError as error:
                 if connection.lost.is_set():
                     return
-                self._life.note("attach", f"{error}; trying again")
+                self._life.warn("attach", f"{error}; trying again")
             await asyncio.sleep(pause)
 
     async def _clean_up(self) -> None:
@@ -191,7 +192,7 @@ class Serving:
                     raise SwarmError(f"{len(view.unread)} of {model.num_blocks} blocks gave no answer")
                 return choose_span(view, count, connection.daemon.peer_id)
             except Exception as error:  # hivemind raises what it likes, e.g. when p2pd has just ended
-                self._life.note("choose", f"the swarm could not be read: {error}; trying again")
+                self._life.warn("choose", f"the swarm could not be read: {error}; trying again")
                 await asyncio.sleep(1.0)
 
     def _announce_as(self, state: ServerState) -> None:

@@ -1,4 +1,4 @@
-"""The agent's life as one explicit state machine (docs: README, "States")."""
+"""The agent's life as one explicit state machine, and the events that it consists of."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
-
-log = logging.getLogger("petals_agent.state")
 
 
 class State(enum.Enum):
@@ -57,6 +55,13 @@ class Life:
         self.state, self.since = state, time.time()
 
     def note(self, name: str, text: str) -> None:
-        """Remember and log an event."""
+        """Remember and log an event that is as it should be."""
+        self._tell(logging.INFO, name, text)
+
+    def warn(self, name: str, text: str) -> None:
+        """Remember and log an event that an operator may have to do something about."""
+        self._tell(logging.WARNING, name, text)
+
+    def _tell(self, level: int, name: str, text: str) -> None:
         self.events.append(Event(time.time(), name, text))
-        log.info("%s: %s", name, text)
+        logging.getLogger(f"petals_agent.{name}").log(level, "%s", text)

@@ -34,7 +34,7 @@ log = logging.getLogger("petals_agent.reachability")
 
 WAIT_S = 5.0
 MAX_CHECKS_PER_MINUTE = 30
-PROBE_IDLE_S = 60.0
+PROBE_IDLE_S = 10.0
 MAX_OPINIONS = 5
 MONITOR_TIMEOUT_S = 10.0
 
@@ -107,7 +107,7 @@ class ReachabilityProtocol(ServicerBase):  # the name is the wire's
             return self._probe[1]
 
     async def close_idle_probe(self) -> None:
-        """End the probe's p2pd when it was not used for a minute; call now and then."""
+        """End the probe's p2pd when it was not used for a while; call now and then."""
         if self._probe is not None and time.monotonic() - self._probe_used > PROBE_IDLE_S:
             await self.stop()
 
