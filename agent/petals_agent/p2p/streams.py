@@ -23,6 +23,7 @@ from petals_agent.errors import LimitExceeded
 from petals_agent.p2p import control
 from petals_agent.p2p.budget import FREE_BYTES, ByteBudget
 
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # isort: skip
 from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID  # isort: skip
 from hivemind.proto import p2pd_pb2  # isort: skip
 
@@ -78,7 +79,7 @@ class Stream(asyncio.Protocol):
                 self._task.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.gone = True
+        self.gone = self._finished = True
         self._server.streams.discard(self)
         self._forget()
         self._wake()
@@ -202,12 +203,13 @@ class Stream(asyncio.Protocol):
             return False
         if len(self._buffer) < used + size:
             return False
-        info = p2pd_pb2.StreamInfo.FromString(bytes(self._buffer[used : used + size]))
-        del self._buffer[: used + size]
-        handler = server.handlers.get(info.proto)
-        if handler is None:
+        try:
+            info = p2pd_pb2.StreamInfo.FromString(bytes(self._buffer[used : used + size]))
+            handler = server.handlers[info.proto]
+        except (DecodeError, KeyError):
             self.abort()
             return False
+        del self._buffer[: used + size]
         if len(server.streams) > server.max_streams:
             self.fail(
                 f"this server has {server.max_streams} open streams, which is its limit; try another one"

@@ -1,12 +1,14 @@
-"""The stream server as p2pd sees it: frames whole and torn, floods, slow readers, and errors that must arrive."""
+"""The stream server of p2p/streams.py as p2pd sees it: frames whole and torn, floods, slow readers, errors that must arrive."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -51,9 +53,13 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
         servers.append(server)
         return server
 
+    accidents: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: accidents.append(context))
     yield start
     for server in servers:
         await server.stop()
+    gc.collect()  # tasks whose exceptions nobody has seen
+    assert not accidents
 
 
 class Peer:
