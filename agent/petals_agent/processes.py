@@ -50,7 +50,10 @@ async def start_child(
     stderr: int | None = None,
     pass_fds: Sequence[int] = (),
 ) -> asyncio.subprocess.Process:
-    """Start `command` so that it dies with us; standard input is empty."""
+    """Start `command` so that it dies with us; standard input is empty.
+
+    It has a process group of its own: a Ctrl-C is for us, who end our children when they have done their part.
+    """
     return await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,
@@ -58,6 +61,7 @@ async def start_child(
         stderr=stderr,
         env=child_environment(environment),
         pass_fds=tuple(pass_fds),
+        process_group=0,
         preexec_fn=die_with_parent(),
     )
 

@@ -37,7 +37,7 @@ def test_requests_in_flight_are_answered_first(
         agent = start_live(processes, tmp_path / "a", tiny_llama, "0:8", [bootstrap], patient, grace=70)
         begun = long_requests(agent, peer, 6, 2000)
         peer_id, family = agent.status()["peer_id"], agent.family()
-        os.kill(agent.process.pid, signal.SIGINT)
+        os.killpg(agent.process.pid, signal.SIGINT)  # as a terminal does
         wait_until(lambda: peer.state(peer_id) == OFFLINE, 10, "OFFLINE in the DHT")
         results = [future.result(LONG_S) for future in begun]
         assert all(result.shape == (1, 2000, 256) and result.isfinite().all() for result in results)

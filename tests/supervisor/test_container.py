@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from petals_agent import __version__
-from petals_agent.errors import CheckpointError, ConfigError, ContainerError
+from petals_agent.errors import AgentError, CheckpointError, ConfigError, ContainerError
 from petals_agent.link import messages
 from petals_agent.link.channel import Channel
 from petals_agent.processes import start_child
@@ -64,8 +64,9 @@ async def test_hello(pair: Pair) -> None:
 )
 async def test_container_of_another_version(pair: Pair, hello: messages.Hello) -> None:
     pair[1].channel.send(hello)
-    with pytest.raises(ContainerError, match="restart the agent"):
+    with pytest.raises(AgentError, match="start the agent again") as raised:
         await pair[0].hello(5.0)
+    assert not isinstance(raised.value, ContainerError)  # the next one would be no other
 
 
 async def test_silence(pair: Pair) -> None:

@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--log-format", default="auto")
     arguments = parser.parse_args()
     setup(arguments.log_level, arguments.log_format)
-    # the agent decides when we end: an interactive Ctrl-C reaches the whole process group
+    # the agent decides when we end; systemd's signals may reach the whole unit
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     uvloop.run(_serve(socket.socket(fileno=arguments.link_fd), arguments.socket_dir))

@@ -87,12 +87,16 @@ class Announcing:
             if self._serving.span is None:
                 continue
             try:
-                await self._announce(connection, self._serving.state, min(period, STORE_TIMEOUT_S))
+                storing = self._announce(connection, self._serving.state, min(period, STORE_TIMEOUT_S))
+                await first(storing, connection.lost.wait())
             except SwarmError as error:
                 if not failures:
                     self._life.warn("announce", f"{error}; trying again")
                 due = time.monotonic() + min(period, _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
                 failures += 1
+                continue
+            if connection.lost.is_set():
+                due = time.monotonic()  # whatever was said of it, on the next one
                 continue
             if failures:
                 self._life.note("announce", f"the DHT takes our record again, after {failures} failures")
@@ -142,7 +146,7 @@ class Announcing:
             connection = await self._network.connected()
             before = self._pings.as_dict()
             try:
-                await self._look_around(connection)
+                await first(self._look_around(connection), connection.lost.wait())
             except Exception as error:  # hivemind raises what it likes, e.g. when p2pd has just ended
                 log.info("the neighbours were not looked at: %s", error or type(error).__name__)
             if self._pings.as_dict().keys() - before.keys():

@@ -85,12 +85,15 @@ class ContainerProcess:
         return cls(process, await Channel.open(ours, messages.TO_AGENT))
 
     async def hello(self, timeout: float) -> None:
-        """Wait for its first message; raises ContainerError when none comes or it is of another version."""
+        """Wait for its first message.
+
+        Raises ContainerError when none comes, AgentError when it is of another version: we were replaced on disk.
+        """
         message = await self._within(self._hello, timeout, "say hello")
         assert isinstance(message, messages.Hello)
         if message.version != messages.VERSION or message.package != __version__:
-            raise ContainerError(
-                f"the container is petals-agent {message.package}, the agent is {__version__}; restart the agent"
+            raise AgentError(
+                f"petals-agent {message.package} is installed now and {__version__} runs; start the agent again"
             )
 
     async def request(self, message: Outgoing, answer: type[Answer], timeout: float | None) -> Answer:

@@ -24,7 +24,7 @@ from petals_agent.swarm.choice import choose_span
 from petals_agent.swarm.records import ServerState
 from petals_agent.swarm.view import read_view
 
-HELLO_TIMEOUT_S = 60.0
+HELLO_TIMEOUT_S = 300.0  # importing torch from a slow, cold disk; an exit is seen at once
 ATTACH_TIMEOUT_S = 15.0
 _FLUSH_S = 0.2
 _RESTART_BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -51,7 +51,7 @@ class Serving:
         self.restarts = 0
 
     async def run(self) -> NoReturn:
-        """Keep a container serving. Raises ConfigError or ModelError where another one would do no better."""
+        """Keep a container serving. Raises AgentError where another one would do no better (configuration, model)."""
         failures = 0
         while True:
             began = time.monotonic()
