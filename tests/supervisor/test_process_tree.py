@@ -9,7 +9,9 @@ from pathlib import Path
 
 import psutil
 
-from harness.processes import pss_mb, python_count
+from harness.live import LiveAgent, write_config
+from harness.processes import Processes, pss_mb, python_count
+from harness.swarm import ONE_THREAD, PETALS_AGENT
 
 from .conftest import Swarm
 
@@ -49,3 +51,14 @@ def test_importing_the_agent_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+def test_code_in_the_current_folder_is_not_run(
+    processes: Processes, bootstrap: str, tmp_path: Path, tiny_llama: Path
+) -> None:
+    for name in ("torch", "numpy", "hivemind", "uvloop"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of a stranger')")
+    config = write_config(tmp_path / "a", tiny_llama, "0:1", [bootstrap])
+    command = [*PETALS_AGENT, "run", "--config", config]
+    process = processes.start("agent", command, cwd=tmp_path, env=ONE_THREAD, grace=20)
+    LiveAgent(process, config).online()

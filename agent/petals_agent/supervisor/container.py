@@ -60,29 +60,31 @@ class ContainerProcess:
     async def start(cls, socket_dir: Path, log_level: str, log_format: str) -> ContainerProcess:
         """Start the process; it imports torch while we go on. `hello` tells when it is there. Raises ContainerError."""
         ours, theirs = socket.socketpair()
+        channel = await Channel.open(ours, messages.TO_AGENT)
+        command = [
+            sys.executable,
+            "-P",  # the folder that we happen to be in holds no code of ours
+            "-m",
+            "petals_agent.container.main",
+            f"--link-fd={theirs.fileno()}",
+            f"--socket-dir={socket_dir}",
+            f"--log-level={log_level}",
+            f"--log-format={log_format}",
+        ]
+        threads = {
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_cores())),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
         try:
-            process = await start_child(
-                [
-                    sys.executable,
-                    "-m",
-                    "petals_agent.container.main",
-                    f"--link-fd={theirs.fileno()}",
-                    f"--socket-dir={socket_dir}",
-                    f"--log-level={log_level}",
-                    f"--log-format={log_format}",
-                ],
-                environment={
-                    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_cores())),
-                    "OMP_WAIT_POLICY": "PASSIVE",
-                },
-                pass_fds=(theirs.fileno(),),
-            )
-        except OSError as error:
-            ours.close()
+            process = await start_child(command, environment=threads, pass_fds=(theirs.fileno(),))
+        except BaseException as error:
+            channel.close()
+            if not isinstance(error, OSError):
+                raise
             raise ContainerError(f"no container could be started: {error}") from error
         finally:
             theirs.close()
-        return cls(process, await Channel.open(ours, messages.TO_AGENT))
+        return cls(process, channel)
 
     async def hello(self, timeout: float) -> None:
         """Wait for its first message.
