@@ -6,8 +6,7 @@ from pathlib import Path
 
 from petals_agent.engine.backend import Backend
 from petals_agent.engine.engine import Engine
-from petals_agent.p2p.attachment import Attachment, close
-from petals_agent.p2p.daemon import Daemon, DaemonOptions
+from petals_agent.p2p.attachment import Attachment
 from petals_agent.p2p.streams import StreamServer
 from petals_agent.serving.admission import CacheLedger
 from petals_agent.serving.handlers import stream_handlers, unary_handlers
@@ -17,7 +16,6 @@ from petals_agent.serving.server import BlockServer
 
 from serving.caller import PREFIX  # isort: skip
 from hivemind.p2p import P2P  # isort: skip
-from hivemind.utils.multiaddr import Multiaddr  # isort: skip
 
 LIMITS = Limits(inference_max_length=512, max_batch_tokens=65536)
 CACHE_TOKENS = 4096
@@ -26,11 +24,8 @@ CACHE_TOKENS = 4096
 class Host:
     """`server` and its p2pd; `restore` undoes what a test changed."""
 
-    def __init__(
-        self, server: BlockServer, daemon: Daemon, held: P2P, streams: StreamServer, maddrs: list[str]
-    ) -> None:
-        self.server, self.daemon, self.streams, self.maddrs = server, daemon, streams, maddrs
-        self._held = held  # p2pd ends with its last client
+    def __init__(self, server: BlockServer, p2pd: P2P, streams: StreamServer, maddrs: list[str]) -> None:
+        self.server, self.p2pd, self.streams, self.maddrs = server, p2pd, streams, maddrs
 
     @classmethod
     async def start(
@@ -55,18 +50,22 @@ class Host:
             server.budget,
         )
         await streams.start()
-        daemon = await Daemon.start(
-            DaemonOptions(
-                socket_dir=folder, auto_nat=False, nat_port_map=False, initial_peers=initial_peers or ()
-            )
+        p2pd = await P2P.create(
+            initial_peers=initial_peers or (),
+            host_maddrs=["/ip4/127.0.0.1/tcp/0"],
+            dht_mode="server",
+            use_relay=False,
+            auto_nat=False,
+            nat_port_map=False,
         )
-        held = await P2P.replicate(Multiaddr(daemon.maddr))
-        server.attachment = await Attachment.open(daemon.maddr, unary_handlers(server), streams)
-        return cls(server, daemon, held, streams, await daemon.visible_maddrs())
+        server.attachment = await Attachment.open(
+            str(p2pd.daemon_listen_maddr), unary_handlers(server), streams
+        )
+        return cls(server, p2pd, streams, [str(maddr) for maddr in await p2pd.get_visible_maddrs()])
 
     @property
     def peer_id(self) -> str:
-        return self.daemon.peer_id
+        return str(self.p2pd.peer_id)
 
     @property
     def idle(self) -> bool:
@@ -85,6 +84,9 @@ class Host:
     def restore(self) -> None:
         """Limits and cache as they were at the start."""
         self.server.limits = LIMITS
+        self.server.budget.limit = LIMITS.waiting_bytes(
+            self.server.engine.backend.hidden_size, self.server.blocks
+        )
         self.server.ledger = CacheLedger(2 * CACHE_TOKENS * self.server.blocks)
 
     async def stop(self) -> None:
@@ -93,5 +95,4 @@ class Host:
         if self.server.attachment is not None:
             await self.server.attachment.close()
         self.server.engine.stop()
-        await close(self._held)
-        await self.daemon.stop()
+        await self.p2pd.shutdown()

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import cast
 
-from petals_agent.errors import LimitExceeded
+from petals_agent.errors import LimitExceeded, RequestError
 from petals_agent.p2p import control
 from petals_agent.p2p.budget import FREE_BYTES, ByteBudget
 
@@ -224,7 +224,13 @@ class Stream(asyncio.Protocol):
         try:
             await handler(self)
         except Exception as error:
-            log.warning("%s from …%s failed: %s", self.name, self.remote_id[-6:], error)
+            expected = isinstance(
+                error, (RequestError, ConnectionError)
+            )  # else it is our mistake, not the caller's
+            level = logging.DEBUG if expected else logging.ERROR
+            log.log(
+                level, "%s from …%s failed: %s", self.name, self.remote_id[-6:], error, exc_info=not expected
+            )
             self.fail(str(error) or repr(error))
         finally:
             self.finish()

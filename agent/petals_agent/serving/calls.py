@@ -130,7 +130,7 @@ def _output_codecs(metadata: dict[str, Any], count: int, default: int) -> list[i
 async def unary(server: BlockServer, body: bytes, caller: str, backward: bool) -> bytes:
     """rpc_forward or rpc_backward in one message each way."""
     with server.budget.hold(caller, len(body)):
-        outputs = await call(server, _request(body), backward)
+        outputs = await call(server, wire.parse(runtime_pb2.ExpertRequest, body), backward)
     answer = runtime_pb2.ExpertResponse(tensors=outputs)
     if answer.ByteSize() > _UNARY_LIMIT:
         # hivemind would send nothing at all and leave the caller waiting
@@ -148,7 +148,7 @@ async def streamed(server: BlockServer, stream: Stream, backward: bool) -> None:
     try:
         async with asyncio.timeout(limits.request_timeout):
             while (body := await stream.receive()) is not None:
-                part = _request(body)
+                part = wire.parse(runtime_pb2.ExpertRequest, body)
                 size += len(body)
                 if size > room:
                     raise LimitExceeded(f"a streamed request of over {room} bytes; that is the limit here")
@@ -169,10 +169,3 @@ async def streamed(server: BlockServer, stream: Stream, backward: bool) -> None:
     for tensor in await call(server, request, backward):
         for piece in wire.split_tensor(tensor):
             await stream.send(runtime_pb2.ExpertResponse(tensors=[piece]).SerializeToString())
-
-
-def _request(body: bytes) -> runtime_pb2.ExpertRequest:
-    try:
-        return runtime_pb2.ExpertRequest.FromString(body)
-    except Exception:
-        raise RequestError(f"{len(body)} bytes came that are no ExpertRequest") from None

@@ -10,6 +10,7 @@ from petals_agent.serving import calls
 from petals_agent.serving.inference import serve_session
 from petals_agent.serving.push import take_push
 from petals_agent.serving.server import BlockServer
+from petals_agent.serving.wire import parse
 
 from hivemind.proto import runtime_pb2  # isort: skip
 
@@ -20,7 +21,7 @@ def unary_handlers(server: BlockServer) -> Mapping[str, UnaryHandler]:
     """Requests in one message."""
 
     async def rpc_info(body: bytes, caller: str) -> bytes:
-        return calls.info(server, runtime_pb2.ExpertUID.FromString(body).uid)
+        return calls.info(server, parse(runtime_pb2.ExpertUID, body).uid)
 
     async def rpc_forward(body: bytes, caller: str) -> bytes:
         return await calls.unary(server, body, caller, backward=False)

@@ -142,10 +142,7 @@ async def _receive(stream: Stream, timeout: float) -> bytes | None:
 
 
 def _parse(server: BlockServer, body: bytes) -> tuple[runtime_pb2.ExpertRequest, dict[str, Any]]:
-    try:
-        request = runtime_pb2.ExpertRequest.FromString(body)
-    except Exception:
-        raise RequestError(f"{len(body)} bytes came that are no ExpertRequest") from None
+    request: runtime_pb2.ExpertRequest = wire.parse(runtime_pb2.ExpertRequest, body)
     return request, wire.decode_metadata(request.metadata, server.limits.max_metadata_bytes)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from petals_agent.errors import RequestError
 from petals_agent.p2p.streams import Stream
 from petals_agent.serving.server import BlockServer
-from petals_agent.serving.wire import NextServer, decode_metadata, encode_metadata
+from petals_agent.serving.wire import NextServer, decode_metadata, encode_metadata, parse
 
 from hivemind.proto import runtime_pb2  # isort: skip
 
@@ -66,10 +66,7 @@ class PushTable:
 
 async def take_push(server: BlockServer, body: bytes) -> bytes:
     """rpc_push: hand the request to its session and answer at once; an unknown session is no error."""
-    try:
-        request = runtime_pb2.ExpertRequest.FromString(body)
-    except Exception:
-        raise RequestError(f"{len(body)} bytes came that are no ExpertRequest") from None
+    request = parse(runtime_pb2.ExpertRequest, body)
     server.chain(request.uid)
     metadata = decode_metadata(request.metadata, server.limits.max_metadata_bytes)
     session_id = metadata.get("session_id")

@@ -21,6 +21,7 @@ from petals_agent.p2p import light
 light.install(without_torch=False)
 
 import hivemind.compression.base as compression_base  # noqa: E402
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: E402
 from hivemind.compression.serialization import deserialize_torch_tensor, serialize_torch_tensor  # noqa: E402
 from hivemind.proto import runtime_pb2  # noqa: E402
 from hivemind.utils.serializer import MSGPackSerializer  # noqa: E402
@@ -40,6 +41,14 @@ DTYPES = {
 MAX_RANK = 4
 PART_BYTES = 4 * 2**20  # Petals splits streamed tensors into parts of this size
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def parse(kind: Any, body: bytes) -> Any:
+    """`body` as a protobuf message of class `kind`; raises RequestError when it is none."""
+    try:
+        return kind.FromString(body)
+    except DecodeError:
+        raise RequestError(f"{len(body)} bytes came that are no {kind.DESCRIPTOR.name}") from None
 
 
 def decode_tensor(message: runtime_pb2.Tensor, max_elements: int) -> torch.Tensor:
