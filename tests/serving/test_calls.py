@@ -12,6 +12,7 @@ from petals_agent.codecs import dequantize
 from petals_agent.serving import wire
 from serving.caller import NO_PROMPTS, P2PHandlerError, request, uid
 from serving.conftest import Swarm
+from serving.expect import WIDTH, close, normal
 
 from hivemind.compression.serialization import serialize_torch_tensor  # isort: skip
 from hivemind.proto import runtime_pb2  # isort: skip
@@ -19,18 +20,7 @@ from hivemind.utils.serializer import MSGPackSerializer  # isort: skip
 from hivemind.utils.tensor_descr import BatchTensorDescriptor  # isort: skip
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-WIDTH = 32
 CODECS = wire.COMPRESSIONS
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> bool:
-    return ours.shape == expected.shape and bool(
-        (ours - expected).abs().max() <= tolerance * expected.abs().max()
-    )
 
 
 # --- rpc_info

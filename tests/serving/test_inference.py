@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -10,39 +9,17 @@ import torch
 
 from harness.waiting import until
 from petals_agent.serving import wire
-from serving.caller import NO_IDS, NO_PROMPTS, P2PHandlerError, Request, Session, request
+from serving.caller import NO_IDS, NO_PROMPTS, Session, request
 from serving.conftest import Swarm
+from serving.expect import WIDTH, close, normal, refused
 
 from hivemind.compression.serialization import serialize_torch_tensor  # isort: skip
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-WIDTH = 32
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(ours: torch.Tensor, expected: torch.Tensor) -> bool:
-    return ours.shape == expected.shape and bool((ours - expected).abs().max() <= 1e-4 * expected.abs().max())
 
 
 def session(swarm: Swarm, start: int = 0, end: int = 4) -> Session:
     return swarm.caller.session(swarm.first.peer_id, start, end)
-
-
-async def refused(session: Session, message: Any, error: str) -> None:
-    """`message` ends the session with an error that matches."""
-    await session.send(message)
-    with pytest.raises(P2PHandlerError, match=error):
-        await session.receive()
-
-
-async def closed_quietly(session: Session) -> None:
-    """The server has closed or will, without an error; if it has, hivemind's end marker hits a closed stream."""
-    await session.send(None)
-    with pytest.raises((StopAsyncIteration, ConnectionError)):
-        await session.receive(timeout=5)
 
 
 # --- steps
@@ -377,100 +354,3 @@ async def test_a_session_id_is_used_once_at_a_time(swarm: Swarm) -> None:
     three.session_id = one.session_id
     await three.step(normal(1, 1, WIDTH), max_length=5)
     await three.close()
-
-
-# --- the end
-
-
-async def test_an_empty_request_ends_the_session(swarm: Swarm) -> None:
-    one = session(swarm)
-    await one.step(normal(1, 1, WIDTH), max_length=5)
-    await one.send(Request())
-    await until(lambda: swarm.first.idle, 1, "its cache is free")
-    await closed_quietly(one)
-
-
-async def test_the_end_of_the_clients_side_ends_the_session(swarm: Swarm) -> None:
-    one = session(swarm)
-    await one.step(normal(1, 1, WIDTH), max_length=5)
-    await closed_quietly(one)
-
-
-@pytest.mark.parametrize("busy", [False, True])
-async def test_the_cache_of_a_client_that_vanishes_is_free_within_a_second(swarm: Swarm, busy: bool) -> None:
-    ledger = swarm.first.server.ledger
-    before = ledger.left
-    one = session(swarm)
-    await one.step(normal(1, 1, WIDTH), max_length=500)
-    assert ledger.left < before
-    if busy:
-        await one.send(one.step_request(normal(1, 400, WIDTH)))
-    await one.vanish()
-    await until(lambda: ledger.left == before and swarm.first.idle, 1, "its cache is free")
-
-
-async def test_a_client_whose_p2pd_dies(swarm: Swarm) -> None:
-    from serving.caller import Caller
-
-    ledger = swarm.first.server.ledger
-    before = ledger.left
-    doomed = await Caller.start(swarm.first.maddrs)
-    one = doomed.session(swarm.first.peer_id, 0, 4)
-    await one.step(normal(1, 1, WIDTH), max_length=500)
-    assert ledger.left < before
-    doomed.p2p._child.kill()
-    await until(lambda: ledger.left == before and swarm.first.idle, 1, "its cache is free")
-    await doomed.stop()
-
-
-async def test_waiting_too_long_for_a_step_closes_quietly(swarm: Swarm) -> None:
-    swarm.first.server.limits = dataclasses.replace(swarm.first.server.limits, step_timeout=0.2)
-    one = session(swarm)
-    await one.step(normal(1, 1, WIDTH), max_length=5)
-    await until(lambda: swarm.first.idle, 5, "the session is over")
-    await closed_quietly(one)
-
-
-async def test_a_stream_that_says_nothing_closes_quietly(swarm: Swarm) -> None:
-    swarm.first.server.limits = dataclasses.replace(swarm.first.server.limits, step_timeout=0.2)
-    peer = swarm.caller.stub(swarm.first.peer_id)._peer
-    _, reader, writer = await swarm.caller.p2p.call_binary_stream_handler(
-        peer, "TransformerConnectionHandler.rpc_inference"
-    )
-    assert await reader.read() == b""
-    writer.close()
-
-
-async def test_a_session_that_lasts_too_long_is_told(swarm: Swarm) -> None:
-    swarm.first.server.limits = dataclasses.replace(swarm.first.server.limits, session_timeout=0.2)
-    one = session(swarm)
-    await one.step(normal(1, 1, WIDTH), max_length=5)
-    with pytest.raises(P2PHandlerError, match=r"longer than session_timeout \(0.2 s\)"):
-        await one.receive(timeout=5)
-
-
-async def test_more_sessions_than_the_limit(swarm: Swarm) -> None:
-    swarm.first.server.limits = dataclasses.replace(swarm.first.server.limits, max_sessions=2)
-    first, second, third = (session(swarm) for _ in range(3))
-    await first.step(normal(1, 1, WIDTH), max_length=5)
-    await second.step(normal(1, 1, WIDTH), max_length=5)
-    await refused(
-        third, third.step_request(normal(1, 1, WIDTH), max_length=5), "2 open sessions, which is its limit"
-    )
-    await first.close()
-    await until(lambda: swarm.first.server.sessions == 1, 1, "its place is free")
-    fourth = session(swarm)
-    await fourth.step(normal(1, 1, WIDTH), max_length=5)
-    await fourth.close()
-    await second.close()
-
-
-async def test_a_server_that_drains_finishes_what_runs_and_refuses_more(swarm: Swarm) -> None:
-    server = swarm.first.server
-    one = session(swarm)
-    await one.step(normal(1, 1, WIDTH), max_length=5)
-    assert await server.drain(1.0) == 0
-    try:
-        await refused(one, one.step_request(normal(1, 1, WIDTH)), "leaving")
-    finally:
-        server._draining = False

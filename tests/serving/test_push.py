@@ -15,20 +15,12 @@ from petals_agent.serving import handlers
 from petals_agent.serving.server import BlockServer
 from serving.caller import NO_IDS, NO_PROMPTS, P2PHandlerError, Request, Session, request, uid
 from serving.conftest import Swarm
+from serving.expect import WIDTH, close, normal
 
 from hivemind.utils.serializer import MSGPackSerializer  # isort: skip
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-WIDTH = 32
 NOBODY = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(ours: torch.Tensor, expected: torch.Tensor) -> bool:
-    return ours.shape == expected.shape and bool((ours - expected).abs().max() <= 1e-4 * expected.abs().max())
 
 
 def sessions(swarm: Swarm) -> tuple[Session, Session]:
