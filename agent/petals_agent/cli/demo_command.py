@@ -26,7 +26,7 @@ def demo(
 
     signal.signal(signal.SIGTERM, _interrupt)
     typer.echo("Starting a private swarm: an entry node and two agents, each with half of a small model.")
-    with DemoSwarm(say) as swarm:
+    with DemoSwarm(say, meanwhile=_load_client) as swarm:
         from petals_agent.cli.generate_command import one_line
         from petals_agent.client.generate import Client
 
@@ -49,6 +49,13 @@ def demo(
         )
         typer.echo(f"  petals-agent status --config {swarm.config_of(0)}\n\nCtrl-C ends it.")
         threading.Event().wait()
+
+
+def _load_client() -> None:
+    """Import what the client needs (torch and transformers) while the agents start."""
+    import petals_agent.client.generate
+    import petals_agent.models.client_parts
+    import petals_agent.models.hf  # noqa: F401
 
 
 def _interrupt(number: int, frame: object) -> None:

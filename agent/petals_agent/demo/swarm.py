@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +51,10 @@ level = "info"
 class DemoSwarm:
     """A context manager: the swarm is online inside, and gone after. `maddrs` is where it can be joined."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], meanwhile: Callable[[], None]) -> None:
+        """`say` is told of each member; `meanwhile` runs in a thread while the members load."""
         self._say = say
+        self._meanwhile = meanwhile
         self._folder = tempfile.TemporaryDirectory(prefix="petals-agent-demo-")
         self._processes: list[subprocess.Popen[bytes]] = []
         self.maddrs: list[str] = []
@@ -94,9 +97,12 @@ class DemoSwarm:
             )
             self.config_of(number).write_text(text)
             self._run(name, "run", f"--config={self.config_of(number)}")
+        work = threading.Thread(target=self._meanwhile, name="meanwhile")
+        work.start()  # not before the last fork
         for number, blocks in enumerate(HALVES):
             self._wait_online(number, started)
             self._say(f"agent {number + 1} serves blocks {blocks} after {time.monotonic() - started:.1f} s")
+        work.join()
 
     def _run(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         log = open(self.folder / f"{name}.log", "wb")
