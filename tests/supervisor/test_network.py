@@ -105,6 +105,24 @@ async def test_first_node_of_a_swarm(tmp_path: Path) -> None:
         assert network.problem is None and network.peers == 0
 
 
+async def test_over_ipv6(tmp_path: Path) -> None:
+    for name in ("entry", "ours"):
+        (tmp_path / name).mkdir()
+    listen = ("/ip6/::1/tcp/0",)
+    entry = Network(options(tmp_path / "entry", listen=listen), Life())
+    async with running(entry):
+        await connected(entry)
+        assert entry.maddrs[0].startswith("/ip6/::1/tcp/")
+        ours = Network(options(tmp_path / "ours", *entry.maddrs, listen=listen), Life())
+        async with running(ours):
+            connection, maddrs = await connected(ours), ours.maddrs
+            assert ours.peers == 1
+            connection.daemon.process.kill()
+            await asyncio.wait_for(connection.lost.wait(), WAIT_S)
+            await connected(ours)
+            assert ours.maddrs == maddrs
+
+
 async def test_entry_node_comes_later(tmp_path: Path, free_port: Callable[[], int]) -> None:
     for name in ("entry", "ours"):
         (tmp_path / name).mkdir()
