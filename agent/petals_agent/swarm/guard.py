@@ -15,6 +15,9 @@ light.install(without_torch=False)
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase  # noqa: E402
 from hivemind.utils.serializer import MSGPackSerializer  # noqa: E402
 
+from petals_agent.swarm.nesting import limit_depth  # noqa: E402
+
+limit_depth()
 MAX_VALUE_BYTES = 256 * 1024
 _NIL = b"\xc0"
 
