@@ -228,7 +228,8 @@ class Engine:
         if len(batch.items) == 1:
             self._fail(batch.items[0][0], error)
             return
-        log.warning("a batch of %d works failed (%s); running them one by one", len(batch.items), error)
+        level = logging.DEBUG if isinstance(error, RequestError) else logging.WARNING
+        log.log(level, "a batch of %d works failed (%s); running them one by one", len(batch.items), error)
         for work, count in batch.items:
             try:
                 self._forward([(work, count)])
