@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch
 from petals_agent.engine.backend import Backend, Prompts
 from petals_agent.engine.kv import KVCache
 from petals_agent.engine.plan import StepPlan
-from petals_agent.engine.scheduler import Batch, Scheduler, TrainingSlice
+from petals_agent.engine.scheduler import Batch, Scheduler, TrainingSlice, WaitUntil
 from petals_agent.engine.session import Session, StepWork
 from petals_agent.engine.training import TrainingWork, run_training
 from petals_agent.errors import RequestError
@@ -48,12 +48,41 @@ class _Training:
     kept_bytes: int
 
 
-@dataclass
-class _Inbox:
-    """What the event loop hands over: steps, training, sessions to close."""
+_Item = StepWork | TrainingWork | Session  # a session is to be closed
 
-    items: deque[StepWork | TrainingWork | Session] = field(default_factory=deque)
-    changed: threading.Condition = field(default_factory=threading.Condition)
+
+class _Inbox:
+    """What the event loop hands over. The engine is woken for as many steps as it waits for: each wake-up takes the
+    interpreter from the event loop, which has the next ones to read.
+    """
+
+    def __init__(self) -> None:
+        self.items: deque[_Item] = deque()
+        self._changed = threading.Condition()
+        self._steps = 1  # worth waking for; anything but a step always is
+        self._closed = False
+
+    def put(self, item: _Item) -> None:
+        with self._changed:
+            self.items.append(item)
+            if len(self.items) >= self._steps or not isinstance(item, StepWork):
+                self._changed.notify()
+
+    def wait(self, steps: int, timeout: float | None) -> None:
+        """Return once `steps` steps or anything else came, or after `timeout` seconds."""
+        with self._changed:
+            if self._closed or len(self.items) >= steps:
+                return
+            if all(isinstance(item, StepWork) for item in self.items):
+                self._steps = steps
+                self._changed.wait(timeout)
+                self._steps = 1
+
+    def close(self) -> None:
+        """Wake the engine, and never let it wait again."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
 
 
 class Engine:
@@ -98,8 +127,7 @@ class Engine:
     def stop(self, timeout: float = 5.0) -> None:
         """Finish the batch that runs, then end; works that wait are dropped without an answer."""
         self._stopping = True
-        with self._inbox.changed:
-            self._inbox.changed.notify()
+        self._inbox.close()
         if self._thread.is_alive():
             self._thread.join(timeout)
 
@@ -122,7 +150,7 @@ class Engine:
         Raises RequestError for input that is not finite, and whatever the backend raised for this session alone.
         """
         answer = asyncio.get_running_loop().create_future()
-        self._put(StepWork(session, hidden, _setter(answer), prompts, hypo_ids, rollback_to))
+        self._inbox.put(StepWork(session, hidden, _setter(answer), prompts, hypo_ids, rollback_to))
         result: torch.Tensor = await answer
         return result
 
@@ -137,7 +165,7 @@ class Engine:
         """Forward, or with `grad` backward, through blocks [start, end); see TrainingWork."""
         answer = asyncio.get_running_loop().create_future()
         work = TrainingWork(start, end, hidden, prompts, grad, _setter(answer))
-        self._put(work)
+        self._inbox.put(work)
         try:
             result: list[torch.Tensor] = await answer
         finally:
@@ -148,12 +176,7 @@ class Engine:
         """Give up a session: waiting steps are dropped, its cache is free at the next step boundary."""
         if not session.closed:
             session.closed = True
-            self._put(session)
-
-    def _put(self, item: StepWork | TrainingWork | Session) -> None:
-        with self._inbox.changed:
-            self._inbox.items.append(item)
-            self._inbox.changed.notify()
+            self._inbox.put(session)
 
     # --- engine's side
 
@@ -167,10 +190,10 @@ class Engine:
                 self._run_training_slice()
             else:
                 self._deliver()
-                timeout = None if decision is None else max(decision.time - time.monotonic(), 0.0)
-                with self._inbox.changed:
-                    if not self._inbox.items and not self._stopping:
-                        self._inbox.changed.wait(timeout)
+                if decision is None:
+                    self._inbox.wait(1, None)
+                else:
+                    self._inbox.wait(decision.steps, max(decision.time - time.monotonic(), 0.0))
             if self._results:
                 self._deliver()
 
@@ -190,7 +213,7 @@ class Engine:
                 except Exception as error:
                     self._results.append((item.done, error))
                 else:
-                    self._scheduler.add(item, time.monotonic())
+                    self._scheduler.add(item, item.arrived)
 
     def _begin(self, work: StepWork) -> None:
         """What must happen once before the first token of a step: a place, the rollback, the reorder of rows."""

@@ -3,8 +3,8 @@
 A plain object without torch, threads or clocks: the engine passes in the time. Rules, each with its reason:
 
 - All ready decode steps of one block range run as one batch; a batch costs little more than one row.
-- Running k rows now and n - k later costs the fixed part of a step twice. So we wait for sessions of the last two steps that
-  are due back within that time, going by how long sessions took lately, and for no others: they can come while we compute.
+- Running k rows now and n - k later costs the fixed part of a step twice, and while we compute, others can hardly be heard
+  (docs/decisions/0004). So we wait for sessions of the last two steps that tend to be back soon, at most half a step.
 - A long prompt runs in chunks sized so that a step stays near `target_step_s`: decode rows beside it wait that long.
 - Forward/backward work is cut into slices by its owner; while steps are ready too, it gets `training_share` of the time.
 """
@@ -17,11 +17,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from petals_agent.engine.step_cost import StepCost
-
-_RETURN_MEMORY = 0.05  # weight of the newest session in the mean time to come back
-_RETURN_MARGIN = 1.3  # most are back after so many mean times
-_LONGEST_RETURN_S = 1.0
+_PATIENCE = 0.5  # of a step
+_STEP_MEMORY = 0.1  # weight of the newest step in the mean duration
+_SLOWING = 1.25  # how much slower than before a session must come back to be believed slower at once
 DECODE_TOKENS = 8  # a step of at most so many tokens a row rides along whole
 
 
@@ -61,9 +59,10 @@ class TrainingSlice:
 
 @dataclass(frozen=True)
 class WaitUntil:
-    """Nothing to run yet; look again at this time, or when something was added."""
+    """Nothing to run yet; look again at this time, or when so many steps were added."""
 
     time: float
+    steps: int
 
 
 class Scheduler(Generic[W]):
@@ -86,10 +85,9 @@ class Scheduler(Generic[W]):
         # sessions of the last two decode steps → when they were answered
         self._answered: dict[Hashable, float] = {}
         self._last_decode: set[Hashable] = set()  # sessions of the last one
-        self._return_s = 0.0  # running mean of the time from an answer to the session's next step
-        self._returns = 0
+        self._away_s: dict[Hashable, float] = {}  # session → how soon it comes back after an answer
+        self._step_s = 0.0  # running mean of the duration of decode steps
         self._waits_since: float | None = None  # since when the next batch is held back
-        self.step_cost = StepCost()
         self._here: dict[Hashable, int] = {}  # sessions with a waiting step
         self._token_cost_s = 0.0  # running mean of seconds per token in steps with prefill
         self._credit = 0.0  # weighted seconds that training has coming while steps wait
@@ -97,13 +95,12 @@ class Scheduler(Generic[W]):
     # --- what happened
 
     def add(self, work: W, now: float) -> None:
-        """Queue a step that came at time `now`."""
+        """Queue a step that came at time `now` (before this call, when the engine was busy)."""
         self._waiting[id(work)] = work
         answered = self._answered.get(work.session)
         if answered is not None:
-            away = min(max(now - answered, 0.0), _LONGEST_RETURN_S)
-            self._returns += 1
-            self._return_s += max(_RETURN_MEMORY, 1 / self._returns) * (away - self._return_s)
+            away, usual = max(now - answered, 0.0), self._away_s.get(work.session)
+            self._away_s[work.session] = away if usual is None else min(away, _SLOWING * usual)
         self._here[work.session] = self._here.get(work.session, 0) + 1
 
     def drop_session(self, session: Hashable) -> list[W]:
@@ -112,6 +109,7 @@ class Scheduler(Generic[W]):
         for work in dropped:
             self._remove(work)
         self._answered.pop(session, None)
+        self._away_s.pop(session, None)
         return dropped
 
     def add_training(self) -> None:
@@ -138,7 +136,8 @@ class Scheduler(Generic[W]):
             self._answered.update(dict.fromkeys(decode, ended))
             self._last_decode = decode
             if len(decode) == len(batch.items):
-                self.step_cost.take(batch.tokens, duration)
+                weight = _STEP_MEMORY if self._step_s else 1.0
+                self._step_s += weight * (duration - self._step_s)
         if batch.tokens >= self.min_chunk:
             cost = duration / batch.tokens
             self._token_cost_s = cost if self._token_cost_s == 0 else 0.8 * self._token_cost_s + 0.2 * cost
@@ -163,23 +162,27 @@ class Scheduler(Generic[W]):
             return TrainingSlice() if self._training else None
         if self._training and self._credit > 0:
             return TrainingSlice()
-        until = self._wait_for_recent(now)
-        if until is not None:
-            return WaitUntil(until)  # no training slice: it may last longer than the wait, and was not due
+        wait = self._wait_for_recent(now)
+        if wait is not None:
+            return wait  # no training slice: it may last longer than the wait, and was not due
         return self._batch()
 
-    def _wait_for_recent(self, now: float) -> float | None:
-        """The time until which sessions that were active a moment ago are worth waiting for."""
+    @property
+    def patience(self) -> float:
+        """Seconds that a step is held back at most."""
+        return _PATIENCE * self._step_s
+
+    def _wait_for_recent(self, now: float) -> WaitUntil | None:
+        """Wait for sessions that were answered a moment ago and tend to be back before our patience ends."""
         since = now if self._waits_since is None else self._waits_since
-        latest = since + self.step_cost.fixed
-        away = _RETURN_MARGIN * self._return_s
-        due = [
-            answered + away
-            for session, answered in self._answered.items()
-            if session not in self._here and now < answered + away <= latest
-        ]
+        latest, due = since + self.patience, []
+        for session, answered in self._answered.items():
+            away = self._away_s.get(session, 0.0)
+            until = min(latest, answered + away + self.patience)
+            if session not in self._here and away <= self.patience and now < until:
+                due.append(until)
         self._waits_since = since if due else None
-        return max(due, default=None)
+        return WaitUntil(max(due), len(due)) if due else None
 
     def chunk_tokens(self, beside_decode: bool) -> int:
         """Prefill tokens for one step: as many as fit the target time; without decode rows the batch limit alone."""

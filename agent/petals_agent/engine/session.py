@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ class StepWork:
     rollback_to: int | None = None  # KV length to keep before this step
     offset: int = 0  # tokens of this step that are already done (long steps run in chunks)
     parts: list[torch.Tensor] = field(default_factory=list)
+    arrived: float = field(default_factory=time.monotonic)
 
     @property
     def tokens(self) -> int:
