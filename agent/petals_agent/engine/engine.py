@@ -20,7 +20,7 @@ import torch
 from petals_agent.engine.backend import Backend, Prompts
 from petals_agent.engine.kv import KVCache
 from petals_agent.engine.plan import StepPlan
-from petals_agent.engine.scheduler import Batch, Scheduler, TrainingSlice, WaitUntil
+from petals_agent.engine.scheduler import Batch, Scheduler, TrainingSlice
 from petals_agent.engine.session import Session, StepWork
 from petals_agent.engine.training import TrainingWork, run_training
 from petals_agent.errors import RequestError
