@@ -51,6 +51,21 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(module.write_model(tmp_path_factory.mktemp("models") / "tiny"))
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns a function from the name of a variant to its folder; nobody may change what is in it."""
+    from models.tiny import tiny_model  # imports torch and transformers
+
+    folders: dict[str, Path] = {}
+
+    def make(variant: str) -> Path:
+        if variant not in folders:
+            folders[variant] = tiny_model(variant, tmp_path_factory.mktemp(variant))
+        return folders[variant]
+
+    return make
+
+
 @pytest.fixture
 def bootstrap(processes: Processes) -> str:
     """The multiaddress of a DHT node on loopback."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from petals_agent.client import wire
 from petals_agent.client.wire import MSGPackSerializer, runtime_pb2
+from petals_agent.codecs import BLOCKWISE_8BIT
 
 X = torch.randn(2, 3, 8)
 
@@ -85,3 +87,35 @@ def test_streams_are_cut_and_joined(megabytes: int) -> None:
 def test_bad_answers(body: Any) -> None:
     with pytest.raises(ValueError, match="answered"):
         wire.response([body], [(2, 3, 8)], X)
+
+
+def blockwise(x: torch.Tensor) -> Any:
+    """BLOCKWISE_8BIT as protocol.md §5 has it: sizes, scales, codebook, one byte a value."""
+    codebook = np.linspace(-1, 1, 256, dtype=np.float32)
+    values = x.numpy().ravel()
+    blocks = [values[at : at + 4096] for at in range(0, len(values), 4096)]
+    scales = np.array([np.abs(block).max() for block in blocks], np.float32)
+    indices = [
+        np.abs(codebook[None] - (b / s)[:, None]).argmin(1) for b, s in zip(blocks, scales, strict=True)
+    ]
+    sizes = np.array([len(scales), 256], np.int64)
+    buffer = b"".join(
+        part.tobytes() for part in (sizes, scales, codebook, np.concatenate(indices).astype(np.uint8))
+    )
+    tensor = runtime_pb2.Tensor(buffer=buffer, size=x.shape, dtype="float32", compression=BLOCKWISE_8BIT)
+    return runtime_pb2.ExpertResponse(tensors=[tensor])
+
+
+def test_an_8_bit_answer_is_read() -> None:
+    x = torch.randn(2, 3, 1000)
+    (out,) = wire.response([blockwise(x)], [(2, 3, 1000)], x)
+    assert torch.allclose(out, x, atol=0.02 * float(x.abs().max())) and not torch.equal(out, x)
+
+
+@pytest.mark.parametrize("cut", [0, 8, 15, 40, 1100, -1])
+def test_an_8_bit_answer_that_is_cut_is_refused(cut: int) -> None:
+    x = torch.randn(2, 3, 1000)
+    message = blockwise(x)
+    message.tensors[0].buffer = message.tensors[0].buffer[:cut]
+    with pytest.raises(ValueError, match="does not decode"):
+        wire.response([message], [(2, 3, 1000)], x)

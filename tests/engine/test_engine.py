@@ -233,3 +233,15 @@ async def test_an_engine_that_stops_ends_its_thread(watched: Watched) -> None:
     engine.start()
     engine.stop()
     assert not engine._thread.is_alive()
+
+
+async def test_a_bug_in_the_engine_is_told(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its owner must know, since nothing is answered any more."""
+    engine, died = Engine(watched), threading.Event()
+    monkeypatch.setattr(engine._scheduler, "next", lambda now: 1 / 0)
+    engine.start(on_death=died.set)
+    assert await asyncio.to_thread(died.wait, 10)
+    engine.stop()
+    assert "ZeroDivisionError" in caplog.text

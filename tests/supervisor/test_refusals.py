@@ -99,3 +99,11 @@ def test_socket_folder_with_a_long_name(tmp_path: Path, tiny_llama: Path) -> Non
     more = f'[control]\nsocket = "/tmp/{"x" * 90}/c.sock"'
     config = write_config(tmp_path / "a", tiny_llama, "0:8", [], more)
     refused(run(config), 78, "control.socket", "too long", str(config))
+
+
+def test_model_of_which_no_block_fits(bootstrap: str, tmp_path: Path, tiny_llama: Path) -> None:
+    more = '[serve]\nnum_blocks = "auto"\ncache_tokens = 1000000000000'
+    done = run(write_config(tmp_path / "a", tiny_llama, "auto", [bootstrap], more))
+    refused(
+        done, 78, "one block with 1000000000000 tokens of cache needs", "GB are free", "serve.cache_tokens"
+    )

@@ -17,7 +17,7 @@ from petals_agent.engine.engine import Engine
 from petals_agent.errors import ConfigError
 from petals_agent.link import messages
 from petals_agent.models.facts import ModelFacts
-from petals_agent.models.memory import BlockCost, free_memory, max_blocks
+from petals_agent.models.memory import BlockCost, free_memory, max_blocks, require_block
 from petals_agent.models.source import ModelSource, Progress, open_model
 from petals_agent.serving.admission import CacheLedger
 from petals_agent.serving.limits import Limits
@@ -89,21 +89,18 @@ class ServedModel:
         return self.facts.num_kv_heads < self.facts.num_heads
 
     def inspect(self) -> messages.Inspected:
-        """What the agent needs to choose blocks."""
-        facts = self.facts
+        """What the agent needs to choose blocks. Raises ModelError if it is to fill the memory and not one fits."""
+        facts, serve = self.facts, self.config.serve
+        free, cost = free_memory(str(self.device)), BlockCost.of(facts, self.dtype)
+        if serve.span is None and serve.num_blocks == "auto":
+            require_block(free, cost, self.cache_tokens, self.max_batch_tokens)
         return messages.Inspected(
             model_type=facts.model_type,
             num_blocks=facts.num_blocks,
             hidden_size=facts.hidden_size,
             dht_prefix=self.prefix,
             repository=facts.repository,
-            fit_blocks=max_blocks(
-                free_memory(str(self.device)),
-                BlockCost.of(facts, self.dtype),
-                self.cache_tokens,
-                self.max_batch_tokens,
-                facts.num_blocks,
-            ),
+            fit_blocks=max_blocks(free, cost, self.cache_tokens, self.max_batch_tokens, facts.num_blocks),
             dtype=self.dtype,
             device=str(self.device),
         )

@@ -98,7 +98,7 @@ class Container:
             self._model.load, message.start, message.end, self._progress()
         )
         self._server = self._model.server(backend, message.start, message.end)
-        self._server.engine.start()
+        self._server.engine.start(on_death=lambda: os._exit(70))  # the agent starts another container
         hidden, blocks = backend.hidden_size, self._server.blocks
         self._streams = StreamServer(
             stream_handlers(self._server),

@@ -115,13 +115,16 @@ class Engine:
         self._results: list[tuple[Callable[[Any], None], Any]] = []
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._on_death: Callable[[], None] = lambda: None
+        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
 
     # --- event loop's side
 
-    def start(self) -> None:
-        """Start the thread; results are delivered to the running event loop."""
-        self._loop = asyncio.get_running_loop()
+    def start(self, on_death: Callable[[], None] = lambda: None) -> None:
+        """Start the thread; results are delivered to the running event loop. `on_death` is called, in that thread,
+        should a bug end it: nothing would be answered any more.
+        """
+        self._loop, self._on_death = asyncio.get_running_loop(), on_death
         self._thread.start()
 
     def stop(self, timeout: float = 5.0) -> None:
@@ -179,6 +182,13 @@ class Engine:
             self._inbox.put(session)
 
     # --- engine's side
+
+    def _live(self) -> None:
+        try:
+            self._run()
+        except BaseException:
+            log.critical("the engine died, which is a bug in it", exc_info=True)
+            self._on_death()
 
     def _run(self) -> None:
         while not self._stopping:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from petals_agent.config.messages import check_span
 from petals_agent.config.schema import Config
-from petals_agent.errors import ContainerError, ModelError, SwarmError
+from petals_agent.errors import ContainerError, SwarmError
 from petals_agent.link import messages
 from petals_agent.p2p.control import remove_stream_handlers
 from petals_agent.supervisor.container import ContainerProcess
@@ -175,11 +175,6 @@ class Serving:
             check_span(serve.blocks, model.num_blocks, self._config.origin("serve.blocks"))
             return serve.span
         count = model.fit_blocks if serve.num_blocks == "auto" else serve.num_blocks
-        if count < 1:
-            raise ModelError(
-                f"not one block of {self._config.model.path} fits into the free memory of {model.device}; "
-                "free some, choose a smaller dtype or set serve.num_blocks"
-            )
         if count >= model.num_blocks:
             return 0, model.num_blocks
         await self._network.connected()
