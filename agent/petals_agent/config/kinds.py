@@ -158,9 +158,11 @@ DiskLimit = Annotated[
     Written(lambda value: value if isinstance(value, str) else format_size(value)),
 ]
 
-Count = Annotated[int, Field(ge=1, le=2**31 - 1), Allowed("a whole number from 1")]
-AutoCount = Annotated[Literal["auto"] | Count, Allowed('"auto" or a whole number from 1')]
-CountLimit = Annotated[Literal["unlimited"] | Count, Allowed('"unlimited" or a whole number from 1')]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1), Allowed("a whole number from 1 to 2147483647")]
+AutoCount = Annotated[Literal["auto"] | Count, Allowed('"auto" or a whole number from 1 to 2147483647')]
+CountLimit = Annotated[
+    Literal["unlimited"] | Count, Allowed('"unlimited" or a whole number from 1 to 2147483647')
+]
 Throughput = Annotated[
     Literal["auto", "measure"] | Annotated[float, Field(gt=0, le=1e12)],
     Allowed('"auto", "measure", or a number above 0 (tokens per second through the span)'),
