@@ -44,7 +44,6 @@ from petals_agent.config.values import YEAR_S, parse_span
 NOT_YET = frozenset(
     {
         "model.adapters",
-        "swarm.reachability",
         "balance.enabled",
         "balance.balance_quality",
         "balance.mean_balance_check_period",
