@@ -6,7 +6,9 @@ import enum
 import logging
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 class State(enum.Enum):
@@ -35,6 +37,7 @@ class Event:
     time: float  # unix seconds
     name: str
     text: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,23 +48,25 @@ class Life:
     since: float = field(default_factory=time.time)
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=50))
 
-    def enter(self, state: State, why: str) -> None:
+    def enter(self, state: State, why: str, **fields: Any) -> None:
         """Move to `state`; staying is no event. Raises ValueError on a transition that makes no sense."""
         if state is self.state:
             return
         if state not in ALLOWED[self.state]:
             raise ValueError(f"{self.state.value} → {state.value} is no transition ({why})")
-        self.note("state", f"{self.state.value} → {state.value}: {why}")
+        fields = {"state": state.value, "reason": why, **fields}
+        self.note("state", f"{self.state.value} → {state.value}: {why}", **fields)
         self.state, self.since = state, time.time()
 
-    def note(self, name: str, text: str) -> None:
-        """Remember and log an event that is as it should be."""
-        self._tell(logging.INFO, name, text)
+    def note(self, name: str, text: str, **fields: Any) -> None:
+        """Remember and log an event that is as it should be; `fields` become PETALS_* in the journal."""
+        self._tell(logging.INFO, name, text, fields)
 
-    def warn(self, name: str, text: str) -> None:
+    def warn(self, name: str, text: str, **fields: Any) -> None:
         """Remember and log an event that an operator may have to do something about."""
-        self._tell(logging.WARNING, name, text)
+        self._tell(logging.WARNING, name, text, fields)
 
-    def _tell(self, level: int, name: str, text: str) -> None:
-        self.events.append(Event(time.time(), name, text))
-        logging.getLogger(f"petals_agent.{name}").log(level, "%s", text)
+    def _tell(self, level: int, name: str, text: str, fields: Mapping[str, Any]) -> None:
+        self.events.append(Event(time.time(), name, text, fields))
+        extra = {"petals": {"event": name, **fields}}  # log.py
+        logging.getLogger(f"petals_agent.{name}").log(level, "%s", text, extra=extra)
