@@ -18,6 +18,7 @@ import uvloop
 
 from petals_agent import __version__
 from petals_agent.config import config_from
+from petals_agent.container.canary import Canary
 from petals_agent.container.loading import ServedModel
 from petals_agent.errors import AgentError, ContainerError
 from petals_agent.link import messages
@@ -31,23 +32,24 @@ from petals_agent.serving.server import BlockServer
 log = logging.getLogger("petals_agent.container")
 
 BEAT_PERIOD_S = 1.0
-Incoming = messages.Inspect | messages.Load | messages.Attach | messages.Drain | messages.Stop
 
 
 class Container:
     """State of the process; every message of the agent has one method here."""
 
-    def __init__(self, channel: Channel[Incoming], socket_dir: Path) -> None:
+    def __init__(self, channel: Channel[messages.FromAgent], socket_dir: Path) -> None:
         self._channel = channel
         self._socket_dir = socket_dir
         self._model: ServedModel | None = None
         self._server: BlockServer | None = None
         self._streams: StreamServer | None = None
+        self._canary: Canary | None = None
 
     async def run(self) -> None:
         """Until the agent says stop or is gone, whatever we are doing then."""
+        canaries: set[asyncio.Task[None]] = set()
         self._channel.send(messages.Hello(package=__version__, pid=os.getpid()))
-        orders: asyncio.Queue[Incoming] = asyncio.Queue()
+        orders: asyncio.Queue[messages.FromAgent] = asyncio.Queue()
         tasks = [
             asyncio.create_task(self._beat(), name="beat"),
             asyncio.create_task(self._obey_all(orders), name="orders"),
@@ -56,14 +58,22 @@ class Container:
             while (message := await self._channel.receive()) is not None:
                 if isinstance(message, messages.Stop):
                     return
+                if isinstance(
+                    message, messages.Canary
+                ):  # may take as long as the engine is busy, or for ever
+                    canary = asyncio.create_task(self._ask_canary(message), name="canary")
+                    canaries.add(canary)
+                    canary.add_done_callback(canaries.discard)
+                    continue
                 orders.put_nowait(message)
         finally:
+            tasks += canaries
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._close()
 
-    async def _obey_all(self, orders: asyncio.Queue[Incoming]) -> None:
+    async def _obey_all(self, orders: asyncio.Queue[messages.FromAgent]) -> None:
         """One after the other; the agent never sends a second one before the first is answered."""
         while True:
             message = await orders.get()
@@ -72,7 +82,7 @@ class Container:
             except Exception as error:
                 self._channel.send(_failed(message, error))
 
-    async def _obey(self, message: Incoming) -> None:
+    async def _obey(self, message: messages.FromAgent) -> None:
         match message:
             case messages.Inspect():
                 await self._inspect(message)
@@ -100,6 +110,8 @@ class Container:
         self._server = self._model.server(backend, message.start, message.end)
         self._server.engine.start(on_death=lambda: os._exit(70))  # the agent starts another container
         hidden, blocks = backend.hidden_size, self._server.blocks
+        self._canary = Canary(self._server.engine, blocks)
+        await self._canary.record()
         self._streams = StreamServer(
             stream_handlers(self._server),
             self._server.limits.message_bytes(hidden, blocks),
@@ -133,6 +145,14 @@ class Container:
         server.client_mode = message.client_mode
         server.attachment = await Attachment.open(message.daemon, unary_handlers(server), streams)
         self._channel.send(messages.Attached())
+
+    async def _ask_canary(self, message: messages.Canary) -> None:
+        try:
+            if self._canary is None:
+                raise ContainerError("canary came before load")
+            self._channel.send(messages.CanaryAnswer(problem=await self._canary.check()))
+        except Exception as error:
+            self._channel.send(_failed(message, error))
 
     async def _drain(self, message: messages.Drain) -> None:
         left = await self._server.drain(message.timeout) if self._server is not None else 0
@@ -182,7 +202,7 @@ class Container:
             self._server.engine.stop(timeout=1.0)
 
 
-def _failed(message: Incoming, error: Exception) -> messages.Failed:
+def _failed(message: messages.FromAgent, error: Exception) -> messages.Failed:
     """`error` as the agent is told of it; one that is not ours is logged with its traceback."""
     if isinstance(error, AgentError):
         return messages.Failed(

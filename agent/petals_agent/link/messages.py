@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-VERSION = 1
+VERSION = 2
 
 
 class _Message(BaseModel):
@@ -38,6 +38,12 @@ class Attach(_Message):
     daemon: str
     peer_id: str
     client_mode: bool
+
+
+class Canary(_Message):
+    """Send the known input through each block; may be asked beside another request."""
+
+    type: Literal["canary"] = "canary"
 
 
 class Drain(_Message):
@@ -127,6 +133,13 @@ class Beat(_Message):
     batch_rows: float = 0.0
 
 
+class CanaryAnswer(_Message):
+    """What is wrong with the first block that is not as it was after the load; None if all are."""
+
+    type: Literal["canary_answer"] = "canary_answer"
+    problem: str | None
+
+
 class Drained(_Message):
     """`in_flight` requests were still unanswered when the time was up."""
 
@@ -144,11 +157,7 @@ class Failed(_Message):
     message: str
 
 
-ToContainer = Annotated[Inspect | Load | Attach | Drain | Stop, Field(discriminator="type")]
-ToAgent = Annotated[
-    Hello | Inspected | Progress | Loaded | Attached | Beat | Drained | Failed, Field(discriminator="type")
-]
-TO_CONTAINER: TypeAdapter[Inspect | Load | Attach | Drain | Stop] = TypeAdapter(ToContainer)
-TO_AGENT: TypeAdapter[Hello | Inspected | Progress | Loaded | Attached | Beat | Drained | Failed] = (
-    TypeAdapter(ToAgent)
-)
+FromAgent = Inspect | Load | Attach | Canary | Drain | Stop
+FromContainer = Hello | Inspected | Progress | Loaded | Attached | Beat | CanaryAnswer | Drained | Failed
+TO_CONTAINER: TypeAdapter[FromAgent] = TypeAdapter(Annotated[FromAgent, Field(discriminator="type")])
+TO_AGENT: TypeAdapter[FromContainer] = TypeAdapter(Annotated[FromContainer, Field(discriminator="type")])

@@ -21,35 +21,35 @@ from petals_agent.processes import signal_child, start_child
 
 log = logging.getLogger("petals_agent.container")
 
-Outgoing = messages.Inspect | messages.Load | messages.Attach | messages.Drain | messages.Stop
-Incoming = (
-    messages.Hello
-    | messages.Inspected
-    | messages.Progress
-    | messages.Loaded
-    | messages.Attached
-    | messages.Beat
-    | messages.Drained
-    | messages.Failed
-)
 Answer = TypeVar(
-    "Answer", messages.Hello, messages.Inspected, messages.Loaded, messages.Attached, messages.Drained
+    "Answer",
+    messages.Hello,
+    messages.Inspected,
+    messages.Loaded,
+    messages.Attached,
+    messages.CanaryAnswer,
+    messages.Drained,
 )
 
 
 class ContainerProcess:
     """One container process from start to end. `request` sends a message and waits for its answer."""
 
-    def __init__(self, process: asyncio.subprocess.Process, channel: Channel[Incoming]) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, channel: Channel[messages.FromContainer]) -> None:
         self.process = process
         self.beat: messages.Beat | None = None
         self.beat_at = 0.0
         self.tokens_per_s = 0.0
         self.started = time.monotonic()
+        self.heard_at = self.started  # of any message
+        self._ours = False  # we killed it
         self.on_progress: Callable[[messages.Progress], None] = lambda progress: None
         self._channel = channel
-        self._awaited: tuple[type[Incoming], asyncio.Future[Incoming]] | None = None
-        self._hello: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
+        # by the type of the request
+        self._awaited: dict[
+            str, tuple[type[messages.FromContainer], asyncio.Future[messages.FromContainer]]
+        ] = {}
+        self._hello: asyncio.Future[messages.FromContainer] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.create_task(self._read(), name="container link")
 
     @property
@@ -98,24 +98,28 @@ class ContainerProcess:
                 f"petals-agent {message.package} is installed now and {__version__} runs; start the agent again"
             )
 
-    async def request(self, message: Outgoing, answer: type[Answer], timeout: float | None) -> Answer:
-        """Send and wait; one request at a time.
+    async def request(
+        self, message: messages.FromAgent, answer: type[Answer], timeout: float | None
+    ) -> Answer:
+        """Send and wait; one request of a type at a time.
 
         Raises ContainerError when the process dies or does not answer in `timeout` seconds, or the error that it reports.
         """
-        if self._awaited is not None:
-            raise ContainerError(f"{message.type} was sent before the answer to another request came")
-        future: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
-        self._awaited = (answer, future)
+        if message.type in self._awaited:
+            raise ContainerError(f"{message.type} was sent before the answer to another one came")
+        future: asyncio.Future[messages.FromContainer] = asyncio.get_running_loop().create_future()
+        self._awaited[message.type] = (answer, future)
         try:
             self._channel.send(message)
             result = await self._within(future, timeout, message.type)
         finally:
-            self._awaited = None
+            del self._awaited[message.type]
         assert isinstance(result, answer)
         return result
 
-    async def _within(self, future: asyncio.Future[Incoming], timeout: float | None, doing: str) -> Incoming:
+    async def _within(
+        self, future: asyncio.Future[messages.FromContainer], timeout: float | None, doing: str
+    ) -> messages.FromContainer:
         ended = asyncio.create_task(self.process.wait())
         waited: set[asyncio.Future[Any]] = {future, ended}
         try:
@@ -138,7 +142,8 @@ class ContainerProcess:
             log.error("%s; ending it", error)
             self.kill()
 
-    def _take(self, message: Incoming) -> None:
+    def _take(self, message: messages.FromContainer) -> None:
+        self.heard_at = time.monotonic()
         if isinstance(message, messages.Beat):
             now = time.monotonic()
             if self.beat is not None and now > self.beat_at:
@@ -149,12 +154,14 @@ class ContainerProcess:
         elif isinstance(message, messages.Hello):
             if not self._hello.done():
                 self._hello.set_result(message)
-        elif self._awaited is not None and not self._awaited[1].done():
-            expected, future = self._awaited
-            if isinstance(message, messages.Failed):
+        elif isinstance(message, messages.Failed):
+            _, future = self._awaited.get(message.doing, (None, None))
+            if future is not None and not future.done():
                 future.set_exception(_error(message))
-            elif isinstance(message, expected):
-                future.set_result(message)
+        else:
+            for expected, future in self._awaited.values():
+                if isinstance(message, expected) and not future.done():
+                    future.set_result(message)
 
     @property
     def alive(self) -> bool:
@@ -162,10 +169,19 @@ class ContainerProcess:
 
     async def ended(self) -> str:
         """Until the process ends; says how it ended."""
-        return f"the container ended: {describe_exit(await self.process.wait())}"
+        before = oom_kills()
+        how = describe_exit(await self.process.wait())
+        if how == "killed by signal 9" and not self._ours:
+            after = oom_kills()
+            if before is None or after is None:
+                how += ", probably by the kernel, out of memory"
+            elif after > before:
+                how += " by the kernel: out of memory"
+        return f"the container ended: {how}"
 
     def kill(self) -> None:
         """SIGKILL, e.g. because it hangs."""
+        self._ours = True
         signal_child(self.process, signal.SIGKILL)
 
     async def stop(self, grace: float) -> None:
@@ -184,6 +200,18 @@ class ContainerProcess:
 def describe_exit(status: int) -> str:
     """`killed by signal 9` or `exit status 3`."""
     return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+
+
+def oom_kills(
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """How many processes of our cgroup (version 2) the kernel has killed for want of memory; None where it does not say."""
+    try:
+        group = next(line[3:] for line in membership.read_text().splitlines() if line.startswith("0::"))
+        events = (root / group.lstrip("/") / "memory.events").read_text()
+        return next(int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill "))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
 
 
 def _cores() -> int:

@@ -1,0 +1,55 @@
+"""From findings to a verdict: a pure function, so that each rule of it is a test."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from petals_agent.health.findings import Finding, Status
+from petals_agent.health.steps import Step
+
+NETWORK_PROBE = "swarm.peers"
+_NEED_PEERS = frozenset({"swarm.announced", "swarm.reachable", "host.clock"})
+
+
+class Health(enum.Enum):
+    HEALTHY = "healthy"
+    DEGRADED = "degraded"
+    UNHEALTHY = "unhealthy"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`reasons` name the probes; `cure` is the step to begin with, None when none of ours would help."""
+
+    health: Health
+    reasons: tuple[str, ...] = ()
+    cure: Step | None = None
+
+    @property
+    def text(self) -> str:
+        return "; ".join(self.reasons) or "all probes are content"
+
+
+def judge(findings: Iterable[Finding]) -> Verdict:
+    """Unhealthy if something failed that a step of ours may cure; degraded if something else is not as it should be.
+
+    When nobody in the swarm answers, what others say or do not say of us is no finding against p2pd or the container: our
+    own network is suspected first, and a restart would not bring it back.
+    """
+    known = list(findings)
+    alone = any(f.probe == NETWORK_PROBE and f.status is Status.FAILED for f in known)
+    reasons: list[str] = []
+    cures: set[Step] = set()
+    for finding in sorted(known, key=lambda finding: finding.since):
+        if finding.status in (Status.OK, Status.NOT_APPLICABLE):
+            continue
+        reasons.append(f"{finding.probe}: {finding.reason}")
+        if finding.status is Status.FAILED and finding.cure is not None:
+            if not (alone and finding.probe in _NEED_PEERS):
+                cures.add(finding.cure)
+    if cures:
+        both = {Step.RESTART_P2PD, Step.RESTART_CONTAINER} <= cures
+        return Verdict(Health.UNHEALTHY, tuple(reasons), Step.RESTART_BOTH if both else max(cures))
+    return Verdict(Health.DEGRADED if reasons else Health.HEALTHY, tuple(reasons))
