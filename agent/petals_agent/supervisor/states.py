@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from petals_agent.supervisor.decisions import Decisions
+
 
 class State(enum.Enum):
     STARTING = "starting"
@@ -42,11 +44,12 @@ class Event:
 
 @dataclass
 class Life:
-    """Present state, since when, and the last events."""
+    """Present state, since when, and the last events; decisions go to disk if there is a place for them."""
 
     state: State = State.STARTING
     since: float = field(default_factory=time.time)
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=50))
+    decisions: Decisions | None = None
 
     def enter(self, state: State, why: str, **fields: Any) -> None:
         """Move to `state`; staying is no event. Raises ValueError on a transition that makes no sense."""
@@ -65,6 +68,11 @@ class Life:
     def warn(self, name: str, text: str, **fields: Any) -> None:
         """Remember and log an event that an operator may have to do something about."""
         self._tell(logging.WARNING, name, text, fields)
+
+    def decided(self, kind: str, what: str, why: str, **facts: Any) -> None:
+        """Keep a decision for `petals-agent explain`; the event that goes with it is told apart."""
+        if self.decisions is not None:
+            self.decisions.record(kind, what, why, **facts)
 
     def _tell(self, level: int, name: str, text: str, fields: Mapping[str, Any]) -> None:
         self.events.append(Event(time.time(), name, text, fields))
