@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from harness.live import start_live
+from harness.processes import Processes
 from petals_agent.cli.main import app
 from petals_agent.supervisor.decisions import FILE, MAX_BYTES, OLD_FILE, Decisions, read_decisions
 
@@ -181,3 +183,20 @@ def test_explain_before_the_first_decision(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["explain", "--config", config])
     assert done.exit_code == 0 and str(tmp_path / "state") in done.stdout.replace("\n", "")
     assert json.loads(CliRunner().invoke(app, ["explain", "--config", config, "--json"]).stdout) == []
+
+
+def test_a_running_agent_explains_itself(processes: Processes, tmp_path: Path, tiny_llama: Path) -> None:
+    """Why these blocks, and what was replaced; read from disk after the agent's end too."""
+    agent = start_live(processes, tmp_path, tiny_llama, "2:4")
+    agent.online()
+    for child in ("container", "p2pd"):
+        agent.kill_child(child)
+        agent.until(lambda s, child=child: s["restarts"][child] == 1 and s["state"] == "online", 60, "again")
+    agent.process.terminate()
+    done = CliRunner().invoke(app, ["explain", "--config", str(agent.config), "--json"])
+    blocks, container, p2pd = json.loads(done.stdout)
+    assert (blocks["kind"], blocks["what"]) == ("blocks", "serve blocks 2:4")
+    assert blocks["facts"]["end"] == 4 and "serve.blocks" in blocks["why"]
+    assert (container["kind"], container["what"]) == ("restart", "another container")
+    assert "signal 9" in container["why"]
+    assert (p2pd["kind"], p2pd["what"]) == ("restart", "p2pd") and "9" in p2pd["why"]

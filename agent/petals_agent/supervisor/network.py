@@ -77,6 +77,7 @@ class Network:
                 continue
             self.restarts += 1
             self._life.warn("p2pd", f"p2pd ended with status {status}; starting it again")
+            self._life.decided("restart", "p2pd", f"it ended with status {status}", restarts=self.restarts)
             short_lives = 0 if time.monotonic() - began > _STEADY_S else short_lives + 1
             await _pause(short_lives - 1)
 

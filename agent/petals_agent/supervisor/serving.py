@@ -62,6 +62,7 @@ class Serving:
             failures = 1 if time.monotonic() - began > _STEADY_S else failures + 1
             self.restarts += 1
             self._life.warn("container", f"{ended}; starting another one")
+            self._life.decided("restart", "another container", ended, restarts=self.restarts)
             if self._life.state is not State.STARTING:
                 self._life.enter(State.RECOVERING, ended)
             await self._clean_up()
@@ -123,7 +124,9 @@ class Serving:
         inspect = messages.Inspect(config=self._config.model_dump_json())
         model = await container.request(inspect, messages.Inspected, timeout=None)
         if self.span is None:
-            self.span = await self._choose(model)
+            self.span, why = await self._choose(model)
+            chosen = {"start": self.span[0], "end": self.span[1], "fit_blocks": model.fit_blocks}
+            self._life.decided("blocks", f"serve blocks {self.span[0]}:{self.span[1]}", why, **chosen)
             self._life.enter(State.JOINING, f"loading blocks {self.span[0]}:{self.span[1]}")
         self.model = model
         self._announce_as(ServerState.JOINING)
@@ -168,15 +171,15 @@ class Serving:
         if connection is not None:
             await _forget_streams(connection.daemon.maddr, loaded.stream_path, loaded.stream_names)
 
-    async def _choose(self, model: messages.Inspected) -> tuple[int, int]:
-        """The span to serve: as configured, or where the swarm needs it most (protocol.md §9.4)."""
+    async def _choose(self, model: messages.Inspected) -> tuple[tuple[int, int], str]:
+        """The span to serve and why: as configured, or where the swarm needs it most (protocol.md §9.4)."""
         serve = self._config.serve
         if serve.span is not None:
             check_span(serve.blocks, model.num_blocks, self._config.origin("serve.blocks"))
-            return serve.span
+            return serve.span, "serve.blocks says so"
         count = model.fit_blocks if serve.num_blocks == "auto" else serve.num_blocks
         if count >= model.num_blocks:
-            return 0, model.num_blocks
+            return (0, model.num_blocks), "it is the whole model, and that fits"
         await self._network.connected()
         await asyncio.sleep(self._rng.random() * 2 * self._config.balance.mean_block_selection_delay)
         while True:
@@ -185,7 +188,8 @@ class Serving:
                 view = await read_view(connection.node, model.dht_prefix, model.num_blocks)
                 if view.unread:
                     raise SwarmError(f"{len(view.unread)} of {model.num_blocks} blocks gave no answer")
-                return choose_span(view, count, connection.daemon.peer_id)
+                span = choose_span(view, count, connection.daemon.peer_id)
+                return span, f"of all places for {count} blocks the swarm is slowest here"
             except Exception as error:  # hivemind raises what it likes, e.g. when p2pd has just ended
                 self._life.warn("choose", f"the swarm could not be read: {error}; trying again")
                 await asyncio.sleep(1.0)
