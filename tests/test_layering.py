@@ -14,7 +14,17 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "agent" / "petals_agent"
 HEAVY = {"torch", "transformers", "safetensors", "accelerate"}
 # run in the agent or in short-lived commands; their lazy imports may be heavy only in cli and demo
-LIGHT = ("config", "link", "p2p", "swarm", "supervisor", "cli", "client.routing", "engine.scheduler")
+LIGHT = (
+    "config",
+    "health",
+    "link",
+    "p2p",
+    "swarm",
+    "supervisor",
+    "cli",
+    "client.routing",
+    "engine.scheduler",
+)
 LAZY_IS_FREE = ("cli", "demo")
 # layer → the parts of the package that it may not know, at module level or in a function
 FORBIDDEN = {
@@ -37,6 +47,20 @@ FORBIDDEN = {
         "container",
         "demo",
         "engine",
+        "models",
+        "p2p",
+        "serving",
+        "supervisor",
+        "swarm",
+    ),
+    "health": (
+        "cli",
+        "client",
+        "config",
+        "container",
+        "demo",
+        "engine",
+        "link",
         "models",
         "p2p",
         "serving",

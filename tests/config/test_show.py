@@ -84,6 +84,8 @@ VALUES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "health": {
         "recoveries_per_hour": st.integers(0, 3600),
+        "repair": st.booleans(),
+        "ready": st.sampled_from(["online", "joining"]),
         "probes": st.dictionaries(
             words,
             st.fixed_dictionaries(

@@ -49,7 +49,6 @@ NOT_YET = frozenset(
         "balance.mean_balance_check_period",
         "balance.min_gain",
         "balance.cooldown",
-        "health",
         "plugins",
         "access",
         "heartbeat",
@@ -166,6 +165,8 @@ class ProbeConfig(Section):
 class HealthConfig(Section):
     """[health]: how probes are run and how much is repaired."""
 
+    repair: Switch = True
+    ready: Literal["online", "joining"] = "online"
     recoveries_per_hour: int = Field(default=12, ge=0, le=3600)
     probes: dict[str, ProbeConfig] = {}
 

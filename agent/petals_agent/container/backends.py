@@ -24,7 +24,7 @@ from petals_agent.engine.backend import Backend
 from petals_agent.engine.lean import KNOWN_SETTINGS, LeanBackend, LeanConfig, tensor_names
 from petals_agent.engine.selfcheck import TOLERANCE, Plain, error_of
 from petals_agent.engine.textbook import textbook_block
-from petals_agent.errors import UnsupportedModel
+from petals_agent.errors import CheckpointError, UnsupportedModel
 from petals_agent.models.checkpoint import Checkpoint
 from petals_agent.models.memory import return_freed_memory
 from petals_agent.models.source import ModelSource, OnProgress, Progress
@@ -64,15 +64,17 @@ def _lean(request: SpanRequest, verdicts: Path) -> LeanBackend | None:
     checkpoint = Checkpoint.open(
         request.source, request.source.block_tensors(request.start, request.end), request.progress
     )
-    if not _only_known_tensors(checkpoint, request):
-        return None
+    if not _has_the_shapes(checkpoint, request, config):
+        return None  # transformers' modules say what is wrong, or know better
     with torch.inference_mode(False), torch.no_grad():
         if not _check_lean(config, checkpoint, request, verdicts, key):
             return None
         total = request.end - request.start
         backend = LeanBackend(config, request.dtype, request.device)
         for number in range(request.start, request.end):
-            backend.append(_block_tensors(checkpoint, number), number)
+            tensors = _block_tensors(checkpoint, number)
+            _check_finite(checkpoint, number, tensors, request.dtype)
+            backend.append(tensors, number)
             return_freed_memory()
             request.progress(Progress(f"block {number}", number + 1 - request.start, total))
     return backend
@@ -123,9 +125,29 @@ def _block_tensors(checkpoint: Checkpoint, number: int) -> Mapping[str, torch.Te
     return {short: stored[name].read() for short, name in tensor_names(number).items() if name in stored}
 
 
-def _only_known_tensors(checkpoint: Checkpoint, request: SpanRequest) -> bool:
-    known = {name for number in range(request.start, request.end) for name in tensor_names(number).values()}
-    return all(name in known or name.endswith("rotary_emb.inv_freq") for name in checkpoint.tensors)
+def _has_the_shapes(checkpoint: Checkpoint, request: SpanRequest, config: LeanConfig) -> bool:
+    """Whether each block has just the weights, in the shapes, that config.json asks for."""
+    shapes = config.shapes()
+    expected = {
+        tensor_names(number)[short]: shape
+        for number in range(request.start, request.end)
+        for short, shape in shapes.items()
+    }
+    stored = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    return expected == {name: s for name, s in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _check_finite(
+    checkpoint: Checkpoint, number: int, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Raise a CheckpointError if a weight is NaN or infinite in the dtype that is served."""
+    for short, tensor in tensors.items():
+        if not tensor.to(dtype).sum(dtype=torch.float32).isfinite():  # a copy of the size of bools is saved
+            stored = checkpoint.tensors[tensor_names(number)[short]]
+            raise CheckpointError(
+                f"{stored.path}: tensor {stored.name} holds NaN or Inf in {dtype}; get the file again, or set "
+                "model.dtype to bfloat16 or float32"
+            )
 
 
 def _verdict_key(request: SpanRequest) -> str:

@@ -164,10 +164,11 @@ class Engine:
         hidden: torch.Tensor,
         prompts: torch.Tensor | None = None,
         grad: torch.Tensor | None = None,
+        counted: bool = True,
     ) -> list[torch.Tensor]:
         """Forward, or with `grad` backward, through blocks [start, end); see TrainingWork."""
         answer = asyncio.get_running_loop().create_future()
-        work = TrainingWork(start, end, hidden, prompts, grad, _setter(answer))
+        work = TrainingWork(start, end, hidden, prompts, grad, _setter(answer), counted=counted)
         self._inbox.put(work)
         try:
             result: list[torch.Tensor] = await answer
@@ -360,7 +361,7 @@ class Engine:
             self._training.popleft()
             self._keep_bytes += job.kept_bytes
             self._scheduler.training_done()
-            self.stats.tokens += job.work.tokens
+            self.stats.tokens += job.work.tokens if job.work.counted else 0
             if isinstance(result, list):
                 result = [tensor.detach().to("cpu") for tensor in result]
             self._results.append((job.work.done, result))

@@ -43,6 +43,9 @@ class LeanConfig:
     heads: int
     kv_heads: int
     head_dim: int
+    mlp_size: int
+    biases: str  # which of the projections q, k, v, o have one
+    head_norms: bool  # of queries and keys
     eps: float
     inverse_frequencies: torch.Tensor  # [head_dim / 2]
     windows: Sequence[int | None]  # by absolute block
@@ -61,17 +64,35 @@ class LeanConfig:
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         frequencies = _inverse_frequencies(config, head_dim)
         windows = _windows(config)
-        if frequencies is None or windows is None or head_dim % 2:
+        mlp_size = config.get("intermediate_size")
+        if frequencies is None or windows is None or head_dim % 2 or not mlp_size:
             return None
+        family = config["model_type"]
+        chosen = "qkvo" if config.get("attention_bias") else ""
         return cls(
             hidden_size=config["hidden_size"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=head_dim,
+            mlp_size=mlp_size,
+            biases={"mistral": "", "qwen2": "qkv"}.get(family, chosen),
+            head_norms=family == "qwen3",
             eps=config.get("rms_norm_eps", 1e-6),
             inverse_frequencies=frequencies,
             windows=windows,
         )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Short name → shape of every weight of a block, as the checkpoint has it."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        hidden, rows = self.hidden_size, {"q": queries, "k": keys, "v": keys, "o": self.hidden_size}
+        shapes: dict[str, tuple[int, ...]] = {"input_norm": (hidden,), "post_norm": (hidden,)}
+        shapes |= {part: (rows[part], hidden) for part in "qkv"} | {"o": (hidden, queries)}
+        shapes |= {f"{part}_bias": (rows[part],) for part in self.biases}
+        if self.head_norms:
+            shapes |= dict.fromkeys(("q_norm", "k_norm"), (self.head_dim,))
+        gate = (self.mlp_size, hidden)
+        return shapes | {"gate": gate, "up": gate, "down": gate[::-1]}
 
 
 def _windows(config: Mapping[str, Any]) -> list[int | None] | None:

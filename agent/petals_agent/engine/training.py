@@ -30,6 +30,7 @@ class TrainingWork:
     grad: torch.Tensor | None
     done: Callable[[list[torch.Tensor] | BaseException], None]
     cancelled: bool = False
+    counted: bool = True  # among what was done for users
 
     @property
     def tokens(self) -> int:

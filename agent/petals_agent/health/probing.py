@@ -63,9 +63,9 @@ class Probing:
         tally = self._tallies[probe.name]
         before = tally.finding
         finding = tally.take(reading, time.time())
-        if before is None or before.status is not finding.status:
-            if before is not None or finding.status not in (Status.OK, Status.NOT_APPLICABLE):
-                self._on_change(finding)
+        was, now = (before.status if before is not None else Status.OK), finding.status
+        if now is not was and {was, now} & {Status.DEGRADED, Status.FAILED}:
+            self._on_change(finding)
         return finding
 
 

@@ -124,6 +124,16 @@ async def connect(daemon: str, peer_id: str, timeout: float) -> None:
     await request(daemon, p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=message), timeout)
 
 
+async def dial(daemon: str, maddrs: Sequence[str], timeout: float) -> None:
+    """Let the daemon connect to a peer at any of its multiaddresses (with /p2p/PEER); raises DaemonError."""
+    if not maddrs:
+        raise DaemonError("no address to dial is known")
+    peer_id = maddrs[0].rsplit("/", 1)[1]
+    addrs = [bytes(Multiaddr(maddr.rsplit("/p2p/", 1)[0]).to_bytes()) for maddr in maddrs]
+    message = p2pd_pb2.ConnectRequest(peer=_peer_bytes(peer_id), addrs=addrs)
+    await request(daemon, p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=message), timeout)
+
+
 async def disconnect(daemon: str, peer_id: str) -> None:
     """Let the daemon close its connections to a peer (base58); raises DaemonError."""
     message = p2pd_pb2.DisconnectRequest(peer=_peer_bytes(peer_id))

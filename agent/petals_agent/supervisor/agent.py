@@ -18,13 +18,17 @@ from petals_agent.p2p import light
 
 light.install(without_torch=True)
 
+from petals_agent.health.recovery import Budget  # noqa: E402
 from petals_agent.p2p.daemon import DaemonOptions  # noqa: E402
 from petals_agent.processes import raise_file_limit  # noqa: E402
 from petals_agent.supervisor.announcing import Announcing  # noqa: E402
+from petals_agent.supervisor.care import Care  # noqa: E402
 from petals_agent.supervisor.control import ControlServer  # noqa: E402
 from petals_agent.supervisor.decisions import Decisions  # noqa: E402
 from petals_agent.supervisor.network import Network  # noqa: E402
+from petals_agent.supervisor.notify import Notifier  # noqa: E402
 from petals_agent.supervisor.reachability import Reachability  # noqa: E402
+from petals_agent.supervisor.served import Caller  # noqa: E402
 from petals_agent.supervisor.serving import Serving  # noqa: E402
 from petals_agent.supervisor.sockets import check_socket_folder, remove_stale_sockets  # noqa: E402
 from petals_agent.supervisor.states import Life, State  # noqa: E402
@@ -33,6 +37,8 @@ from petals_agent.supervisor.tasks import first  # noqa: E402
 from petals_agent.swarm.identity import IdentityLock, ensure_identity  # noqa: E402
 
 log = logging.getLogger("petals_agent")
+
+_STOP_MARGIN_S = 20.0  # of a stop, beside the time for requests in flight
 
 
 class Agent:
@@ -44,12 +50,25 @@ class Agent:
         self.started = time.time()
         self.peer_id = ""
         socket_dir = config.control.socket.parent
-        self.network = Network(_daemon_options(config), self.life)
+        self.notifier = Notifier()
+        budget = Budget(config.health.recoveries_per_hour)
+        self.network = Network(_daemon_options(config), self.life, budget)
+        self.caller = Caller(lambda: self.network.maddrs, socket_dir)
         self.reachability = Reachability(
             config.swarm.reachability, self.network, config.swarm.entry_peers, socket_dir, self.life
         )
-        self.serving = Serving(config, self.network, self.reachability, self.life)
+        self.serving = Serving(config, self.network, self.reachability, self.caller, budget, self.life)
         self.announcing = Announcing(config, self.network, self.reachability, self.serving, self.life)
+        self.care = Care(
+            config,
+            self.network,
+            self.serving,
+            self.announcing,
+            self.caller,
+            budget,
+            self.notifier,
+            self.life,
+        )
         self._asked_to_stop = asyncio.Event()
         self._drain_timeout: float | None = config.serve.drain_timeout
         self._lock = threading.Lock()  # guards what follows
@@ -135,6 +154,7 @@ class Agent:
                     self.reachability.run(),
                     self.serving.run(),
                     self.announcing.run(),
+                    self.care.run(),
                 )
             finally:
                 await self._leave()
@@ -145,8 +165,12 @@ class Agent:
     async def _leave(self) -> None:
         """OFFLINE first, then no new requests, then those in flight, then the processes."""
         self.life.enter(State.STOPPING, "asked to stop" if self._asked_to_stop.is_set() else "cannot go on")
+        self.notifier.stopping()
+        self.notifier.status(self.care.line)
+        self.notifier.extend_stop(_STOP_MARGIN_S + (self._drain_timeout or 0.0))
         await self.announcing.say_offline()
         await self.serving.leave(self._drain_timeout)
+        await self.caller.stop()
         await self.reachability.stop()
         await self.network.stop()
         self.life.enter(State.OFFLINE, "all processes ended")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from petals_agent.errors import DaemonError, IdentityTaken, SwarmError
+from petals_agent.health.recovery import Budget
 from petals_agent.p2p import light
 from petals_agent.p2p.daemon import Daemon, DaemonOptions
+from petals_agent.processes import signal_child
 from petals_agent.supervisor.states import Life
 from petals_agent.swarm.identity import check_not_live, is_there
 
@@ -41,14 +44,19 @@ class Connection:
 class Network:
     """`run()` as a task; `await connected()` gives the present connection, which changes when p2pd is replaced."""
 
-    def __init__(self, options: DaemonOptions, life: Life) -> None:
-        """An identity that exists already is checked for another live user before p2pd starts with it."""
+    def __init__(self, options: DaemonOptions, life: Life, budget: Budget | None = None) -> None:
+        """An identity that exists already is checked for another live user before p2pd starts with it.
+
+        `budget` counts the deaths of p2pd that we did not cause.
+        """
         self._options = options
+        self._budget = budget
         self._life = life
         self._unproven = options.identity is not None and is_there(options.identity)
         self._known: list[str] = []  # peers met in earlier lives of p2pd
         self._up = asyncio.Event()
         self._replacing = False  # p2pd ends because we want it to
+        self._condemned: str | None = None  # because it did no good any more
         self.connection: Connection | None = None
         self.problem: str | None = None  # why we are not connected, for `status`
         self.restarts = 0  # of p2pd, when it ended by itself
@@ -80,6 +88,21 @@ class Network:
             self._life.decided("restart", "p2pd", f"it ended with status {status}", restarts=self.restarts)
             short_lives = 0 if time.monotonic() - began > _STEADY_S else short_lives + 1
             await _pause(short_lives - 1)
+
+    async def restart(self, reason: str) -> None:
+        """End p2pd, which does no good any more, and wait until another one is connected."""
+        connection = self.connection
+        if connection is None or connection.lost.is_set():
+            return
+        self._condemned = reason
+        signal_child(connection.daemon.process, signal.SIGKILL)
+        await connection.lost.wait()
+        await self.connected()
+
+    @property
+    def expects_peers(self) -> bool:
+        """Whether somebody was there to join, or came since."""
+        return bool(self._options.initial_peers or self._known)
 
     async def leave_routing(self) -> None:
         """Nobody can dial us: become a mere client of the DHT, so that others do not try in vain."""

@@ -13,19 +13,24 @@ from typing import NoReturn
 from petals_agent.config.messages import check_span
 from petals_agent.config.schema import Config
 from petals_agent.errors import ContainerError, SwarmError
+from petals_agent.health.recovery import Budget
 from petals_agent.link import messages
 from petals_agent.p2p.control import remove_stream_handlers
 from petals_agent.supervisor.container import ContainerProcess
 from petals_agent.supervisor.network import Connection, Network
 from petals_agent.supervisor.reachability import Reachability
+from petals_agent.supervisor.served import Caller
 from petals_agent.supervisor.states import Life, State
 from petals_agent.supervisor.tasks import first
 from petals_agent.swarm.choice import choose_span
 from petals_agent.swarm.records import ServerState
+from petals_agent.swarm.uids import block_uid
 from petals_agent.swarm.view import read_view
 
 HELLO_TIMEOUT_S = 300.0  # importing torch from a slow, cold disk; an exit is seen at once
 ATTACH_TIMEOUT_S = 15.0
+CANARY_TIMEOUT_S = 300.0  # the first one; the engine has nothing else to do
+CONFIRM_TIMEOUT_S = 10.0
 _FLUSH_S = 0.2
 _RESTART_BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _STEADY_S = 60.0  # a container that lived so long starts the back-off anew
@@ -34,8 +39,18 @@ _STEADY_S = 60.0  # a container that lived so long starts the back-off anew
 class Serving:
     """`run()` as a task, then `leave()`. What is served and how, for announcements and status; `changed` when it did."""
 
-    def __init__(self, config: Config, network: Network, reachability: Reachability, life: Life) -> None:
+    def __init__(
+        self,
+        config: Config,
+        network: Network,
+        reachability: Reachability,
+        caller: Caller,
+        budget: Budget,
+        life: Life,
+    ) -> None:
         self._config = config
+        self._caller = caller
+        self._budget = budget
         self._network = network
         self._reachability = reachability
         self._life = life
@@ -48,7 +63,11 @@ class Serving:
         self.measured: messages.Loaded | None = None  # the last one, also while the next is loading
         self.progress: messages.Progress | None = None
         self.container: ContainerProcess | None = None
+        self.attached = False  # our handlers are at the present p2pd
+        self.doubted = False  # not announced as ONLINE until somebody looked again
         self.restarts = 0
+        self._condemned: str | None = None  # why we ended the container
+        self._again = asyncio.Event()  # attach and confirm anew
 
     async def run(self) -> NoReturn:
         """Keep a container serving. Raises AgentError where another one would do no better (configuration, model)."""
@@ -61,6 +80,9 @@ class Serving:
                 ended = str(error)
             failures = 1 if time.monotonic() - began > _STEADY_S else failures + 1
             self.restarts += 1
+            if self._condemned is None:
+                self._budget.spend(time.monotonic())
+            ended, self._condemned = self._condemned or ended, None
             self._life.warn("container", f"{ended}; starting another one")
             self._life.decided("restart", "another container", ended, restarts=self.restarts)
             if self._life.state is not State.STARTING:
@@ -81,6 +103,24 @@ class Serving:
             return None
         left = self.beat.cache_units_left if self.beat is not None else None
         return self.loaded.cache_units if left is None else left
+
+    def doubt(self, reason: str) -> None:
+        """Somebody found that we do not serve as we should: not ONLINE until `attach_again` or a replacement proved it."""
+        if self.state is ServerState.ONLINE:
+            self.doubted = True
+            self._announce_as(ServerState.JOINING)
+            self._life.enter(State.RECOVERING, reason)
+
+    def attach_again(self) -> None:
+        """Register the handlers anew, and be ONLINE once a caller got an answer."""
+        self.doubted = False
+        self._again.set()
+
+    def replace_container(self, reason: str) -> None:
+        """End the container, which does no good any more; another one takes its place."""
+        if self.container is not None and self.container.alive:
+            self._condemned = reason
+            self.container.kill()
 
     async def leave(self, timeout: float | None) -> None:
         """Refuse new requests, wait `timeout` seconds (None: without limit) for those in flight, end the container."""
@@ -133,16 +173,52 @@ class Serving:
         load = messages.Load(start=self.span[0], end=self.span[1])
         self.loaded = self.measured = await container.request(load, messages.Loaded, timeout=None)
         self.progress = None
+        await self._check_canary(container)
         await self._reachability.known.wait()
         while True:
             connection = await self._network.connected()
+            self._again.clear()
             await self._attach(container, connection)
             if not connection.lost.is_set():
-                self._life.enter(State.ONLINE, f"serving blocks {self.span[0]}:{self.span[1]}")
-                self._announce_as(ServerState.ONLINE)
-                await connection.lost.wait()
+                self.attached = True
+                try:
+                    await first(self._serve_on(connection), connection.lost.wait(), self._again.wait())
+                finally:
+                    self.attached = self.doubted = False
             self.state = ServerState.JOINING  # to be said only if the next p2pd takes long
-            self._life.enter(State.RECOVERING, "p2pd is being replaced")
+            lost = connection.lost.is_set()
+            self._life.enter(State.RECOVERING, "p2pd is being replaced" if lost else "registering anew")
+
+    async def _serve_on(self, connection: Connection) -> None:
+        """ONLINE as soon as a caller gets an answer."""
+        await self._confirm(connection)
+        assert self.span is not None
+        self._life.enter(State.ONLINE, f"serving blocks {self.span[0]}:{self.span[1]}")
+        self._announce_as(ServerState.ONLINE)
+        await connection.lost.wait()
+
+    async def _check_canary(self, container: ContainerProcess) -> None:
+        answer = await container.request(messages.Canary(), messages.CanaryAnswer, CANARY_TIMEOUT_S)
+        if answer.problem is not None:
+            raise ContainerError(answer.problem)
+
+    async def _confirm(self, connection: Connection) -> None:
+        """Until a caller who dials our own address gets answers; the health probe of the same name counts the failures."""
+        model, span = self.model, self.span
+        assert model is not None and span is not None
+        told = False
+        while not connection.client and self._network.maddrs:
+            try:
+                async with asyncio.timeout(CONFIRM_TIMEOUT_S):
+                    uid = block_uid(model.dht_prefix, span[0])
+                    await self._caller.check(connection.daemon.peer_id, uid, model.hidden_size)
+                return
+            except (SwarmError, TimeoutError) as error:
+                why = str(error) or f"no answer within {CONFIRM_TIMEOUT_S:g} s"
+                if not told and not connection.lost.is_set():
+                    told = True
+                    self._life.warn("confirm", f"not ONLINE yet: a caller gets no answer ({why})", reason=why)
+            await asyncio.sleep(0.5)
 
     async def _attach(self, container: ContainerProcess, connection: Connection) -> None:
         """Let the container serve on this p2pd; tried again until it does or that p2pd is gone."""
@@ -162,6 +238,7 @@ class Serving:
         """End what is left of the container; p2pd would go on sending streams to the socket of a dead one."""
         container, loaded = self.container, self.loaded
         self.loaded = self.progress = None
+        self.attached = self.doubted = False
         if container is not None:
             await container.stop(grace=0.0)
         if loaded is None:

@@ -1,0 +1,198 @@
+"""Looks after the agent: findings → verdict → repair, and a ping to systemd only from here and only while that is right."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+from petals_agent.config.schema import Config
+from petals_agent.errors import AgentError, ConfigError
+from petals_agent.health.findings import Finding, Probe, Status
+from petals_agent.health.probing import Probing
+from petals_agent.health.recovery import Budget, Ladder
+from petals_agent.health.steps import Step
+from petals_agent.health.verdict import Health, Verdict, judge
+from petals_agent.supervisor.announcing import Announcing
+from petals_agent.supervisor.container_probes import ContainerProbes
+from petals_agent.supervisor.host_probes import HostProbes
+from petals_agent.supervisor.network import Network
+from petals_agent.supervisor.notify import Notifier
+from petals_agent.supervisor.served import Caller
+from petals_agent.supervisor.serving import Serving
+from petals_agent.supervisor.states import Life, State
+from petals_agent.supervisor.swarm_probes import SwarmProbes
+
+_TICK_S = 0.25
+_PING_S = 1.0
+_REPAIR_TIMEOUT_S = 60.0
+_ABORT_S = 10.0  # systemd's SIGABRT comes at once
+
+
+class Care:
+    """`run()` as a task. `verdict` and `findings` for status and metrics."""
+
+    def __init__(
+        self,
+        config: Config,
+        network: Network,
+        serving: Serving,
+        announcing: Announcing,
+        caller: Caller,
+        budget: Budget,
+        notifier: Notifier,
+        life: Life,
+    ) -> None:
+        """Raises ConfigError for a table of a probe that is not there."""
+        self._config = config.health
+        self._network, self._serving, self._announcing = network, serving, announcing
+        self._notifier, self._life = notifier, life
+        folders = (config.state_dir, config.model.cache_dir)
+        period = config.swarm.update_period
+        probes = (
+            *ContainerProbes(serving, self._adjusted).all,
+            *SwarmProbes(network, serving, announcing, caller, period, self._adjusted).all,
+            *HostProbes(folders, self._adjusted).all,
+        )
+        self._check_names(config, [probe.name for probe in probes])
+        self.probing = Probing(probes, self._tell_finding)
+        self.verdict = Verdict(Health.HEALTHY)
+        self._budget = budget
+        self._ladder = Ladder(budget, random.Random())
+        self._repair: asyncio.Task[None] | None = None
+        self._pinged = 0.0
+        self._withheld = False
+
+    def _adjusted(self, probe: Probe) -> Probe:
+        table = self._config.probes.get(probe.name)
+        return replace(probe, **table.model_dump(exclude_none=True)) if table is not None else probe
+
+    def _check_names(self, config: Config, known: Sequence[str]) -> None:
+        for name in self._config.probes:
+            if name not in known:
+                origin = config.origin(f"health.probes.{name}")
+                raise ConfigError(
+                    f'{origin}: health.probes."{name}": there is no such probe; there are {", ".join(known)}'
+                )
+
+    async def run(self) -> NoReturn:
+        """Until cancelled; raises AgentError when repairs are exhausted and nobody but a new process can help."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.probing.run(), name="probes")
+            await self._watch(group)
+        raise AssertionError("never ends by itself")
+
+    async def _watch(self, group: asyncio.TaskGroup) -> NoReturn:
+        while True:
+            now = time.monotonic()
+            self._judge()
+            if self.verdict.health is Health.UNHEALTHY:
+                self._serving.doubt(self.verdict.text)
+            elif self._serving.doubted:
+                self._serving.attach_again()
+            if self._config.repair and (self._repair is None or self._repair.done()):
+                step = self._ladder.next(self.verdict, now)
+                if self._budget.exhausted(now) and self._life.state is not State.ONLINE:
+                    step = Step.GIVE_UP
+                if step is Step.GIVE_UP:
+                    await self._give_up()
+                elif step is not None:
+                    self._repair = group.create_task(self._carry_out(step), name="repair")
+            self._speak_to_systemd(now)
+            await asyncio.sleep(_TICK_S)
+
+    def _judge(self) -> None:
+        verdict = judge(self.probing.findings.values())
+        before, self.verdict = self.verdict, verdict
+        if verdict.health is before.health:
+            return
+        fields = {"health": verdict.health.value, "reason": verdict.text}
+        if verdict.health is Health.HEALTHY:
+            self._life.note("health", "healthy again", **fields)
+        else:
+            self._life.warn("health", f"{verdict.health.value}: {verdict.text}", **fields)
+
+    def _tell_finding(self, finding: Finding) -> None:
+        fields = {"probe": finding.probe, "status": finding.status.value, "reason": finding.reason}
+        if finding.status in (Status.OK, Status.NOT_APPLICABLE):
+            self._life.note("probe", f"{finding.probe} is content again", **fields)
+        else:
+            self._life.warn("probe", f"{finding.probe} {finding.status.value}: {finding.reason}", **fields)
+
+    # --- repairs
+
+    async def _carry_out(self, step: Step) -> None:
+        reason = self.verdict.text
+        self._life.warn("recovery", f"{step.words}: {reason}", step=step.name.lower(), reason=reason)
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(_REPAIR_TIMEOUT_S):
+                if step in (Step.RESTART_CONTAINER, Step.RESTART_BOTH):
+                    self._serving.replace_container(reason)
+                    self.probing.forget(ContainerProbes.NAMES)
+                if step in (Step.RESTART_P2PD, Step.RESTART_BOTH):
+                    await self._network.restart(reason)
+                    self.probing.forget(SwarmProbes.NAMES)
+                if step is Step.REATTACH:
+                    self._serving.attach_again()
+                self.probing.forget(("swarm.served",))
+            took = time.monotonic() - began
+            self._life.note("recovery", f"{step.words}: done", step=step.name.lower(), duration_s=took)
+        except TimeoutError:
+            self._life.warn(
+                "recovery",
+                f"{step.words}: not done after {_REPAIR_TIMEOUT_S:g} s",
+                step=step.name.lower(),
+            )
+        self._ladder.settled(time.monotonic())
+
+    async def _give_up(self) -> NoReturn:
+        now = time.monotonic()
+        reason = (
+            f"{self._budget.spent(now)} repairs within an hour (health.recoveries_per_hour = "
+            f"{self._budget.per_hour}) did not help: {self.verdict.text}"
+        )
+        self._life.warn("give_up", reason, reason=reason)
+        self._notifier.status(f"giving up: {reason}")
+        await self._announcing.say_offline()
+        if self._notifier.trigger():
+            await asyncio.sleep(_ABORT_S)
+        raise AgentError(f"{reason}; start the agent again once the cause is gone")
+
+    # --- systemd
+
+    def _speak_to_systemd(self, now: float) -> None:
+        life, notifier = self._life, self._notifier
+        ready = (State.ONLINE,) if self._config.ready == "online" else (State.ONLINE, State.JOINING)
+        if life.state in ready:
+            notifier.ready()
+        notifier.status(self.line)
+        if now - self._pinged < _PING_S:
+            return
+        self._pinged = now
+        withheld = self.verdict.health is Health.UNHEALTHY and not self._config.repair
+        if withheld and not self._withheld:
+            why = f"the watchdog's ping is withheld, since health.repair is off: {self.verdict.text}"
+            life.warn("ping_withheld", why, reason=self.verdict.text)
+        self._withheld = withheld
+        if not withheld:
+            notifier.ping()
+            notifier.extend_start()
+
+    @property
+    def line(self) -> str:
+        """What we do, in one line."""
+        serving, state = self._serving, self._life.state
+        span = f"blocks {serving.span[0]}:{serving.span[1]}" if serving.span is not None else "blocks"
+        progress = serving.progress
+        text = state.value
+        if serving.loaded is None and progress is not None:
+            text = f"{state.value}: loading {span}, {progress.text} {progress.done}/{progress.total}"
+        elif serving.beat is not None:
+            text = f"{state.value}: {span}, {serving.beat.sessions} sessions"
+        elif self._network.problem is not None:
+            text = f"{state.value}: {self._network.problem}"
+        return text if self.verdict.health is Health.HEALTHY else f"{text}; {self.verdict.text}"
