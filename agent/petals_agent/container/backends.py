@@ -142,7 +142,7 @@ def _check_finite(
 ) -> None:
     """Raise a CheckpointError if a weight is NaN or infinite in the dtype that is served."""
     for short, tensor in tensors.items():
-        if not tensor.to(dtype).sum(dtype=torch.float32).isfinite():  # a copy of the size of bools is saved
+        if not tensor.to(dtype).sum(dtype=torch.float32).isfinite():
             stored = checkpoint.tensors[tensor_names(number)[short]]
             raise CheckpointError(
                 f"{stored.path}: tensor {stored.name} holds NaN or Inf in {dtype}; get the file again, or set "
