@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from harness.live import all_gone
 from harness.processes import Processes, wait_until
 from petals_agent.errors import DaemonError
 from petals_agent.p2p import control
-from petals_agent.p2p.daemon import check_ports
+from petals_agent.p2p.daemon import check_ports, parse_line
 
 from .conftest import StartDaemon
 
@@ -85,6 +86,31 @@ async def test_nobody_to_join(start: StartDaemon, free_port: Callable[[], int]) 
     peer = "12D3KooWJbMKSJ5bpnExYsEANfo2e5Pqw6pJR5hmsGvn9aJosM1P"
     with pytest.raises(DaemonError, match="bootstrap"):
         await start(initial_peers=[f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{peer}"])
+
+
+@pytest.mark.parametrize(
+    ("line", "level", "text"),
+    [
+        (b'{"level":"warn","logger":"dht","msg":"no table\\n"}\n', logging.WARNING, "dht: no table"),
+        (b'{"level":"error","msg":"accept","error":"closed"}', logging.ERROR, "accept: closed"),
+        (b'{"level":"new","msg":"x"}', logging.INFO, "x"),
+        (b"Peer ID: 12D3\n", logging.DEBUG, "Peer ID: 12D3"),
+        (b"panic: runtime error\n", logging.ERROR, "panic: runtime error"),
+        (b'{"level":["x"],"msg":"x"}', logging.DEBUG, '{"level":["x"],"msg":"x"}'),
+        (b"[1]", logging.DEBUG, "[1]"),
+        (b"\xff", logging.DEBUG, "\ufffd"),
+    ],
+)
+def test_lines_of_its_log(line: bytes, level: int, text: str) -> None:
+    assert parse_line(line) == (level, text)
+
+
+async def test_its_end_is_no_error(start: StartDaemon, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    daemon = await start()
+    await daemon.stop()
+    assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+    assert "closed network connection" in caplog.text  # what it says at its end, as an error
 
 
 async def test_start_takes_too_long(start: StartDaemon, tmp_path: Path) -> None:

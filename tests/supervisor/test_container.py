@@ -76,6 +76,13 @@ async def test_silence(pair: Pair) -> None:
         await pair[0].request(messages.Drain(timeout=0), messages.Drained, 0.1)
 
 
+async def test_log_level(pair: Pair) -> None:
+    pair[0].set_log_level("debug")
+    assert await pair[1].answer() == messages.SetLog(level="debug")
+    with pytest.raises(ValueError, match="warning"):
+        pair[0].set_log_level("loud")
+
+
 async def test_answer_between_other_messages(pair: Pair) -> None:
     container, scripted = pair
     told: list[messages.Progress] = []
@@ -119,7 +126,7 @@ async def test_death_while_waiting(pair: Pair) -> None:
 async def test_one_request_at_a_time(pair: Pair) -> None:
     waiting = asyncio.create_task(pair[0].request(LOAD, messages.Loaded, None))
     await pair[1].answer()
-    with pytest.raises(ContainerError, match="before the answer to another request"):
+    with pytest.raises(ContainerError, match="before the answer to another one"):
         await pair[0].request(LOAD, messages.Loaded, 1.0)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)

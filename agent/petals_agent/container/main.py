@@ -23,7 +23,7 @@ from petals_agent.container.loading import ServedModel
 from petals_agent.errors import AgentError, ContainerError
 from petals_agent.link import messages
 from petals_agent.link.channel import Channel
-from petals_agent.log import setup
+from petals_agent.log import set_level, setup
 from petals_agent.p2p.attachment import Attachment
 from petals_agent.p2p.streams import StreamServer
 from petals_agent.serving.handlers import stream_handlers, unary_handlers
@@ -58,6 +58,9 @@ class Container:
             while (message := await self._channel.receive()) is not None:
                 if isinstance(message, messages.Stop):
                     return
+                if isinstance(message, messages.SetLog):
+                    set_level(message.level)
+                    continue
                 if isinstance(
                     message, messages.Canary
                 ):  # may take as long as the engine is busy, or for ever
@@ -228,7 +231,7 @@ def main() -> None:
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--log-format", default="auto")
     arguments = parser.parse_args()
-    setup(arguments.log_level, arguments.log_format)
+    setup(arguments.log_level, arguments.log_format, "container")
     # the agent decides when we end; systemd's signals may reach the whole unit
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -53,6 +53,13 @@ class Drain(_Message):
     timeout: float | None
 
 
+class SetLog(_Message):
+    """Log from this level on, at once; has no answer."""
+
+    type: Literal["set_log"] = "set_log"
+    level: Literal["debug", "info", "warning", "error"]
+
+
 class Stop(_Message):
     """End now."""
 
@@ -157,7 +164,7 @@ class Failed(_Message):
     message: str
 
 
-FromAgent = Inspect | Load | Attach | Canary | Drain | Stop
+FromAgent = Inspect | Load | Attach | Canary | Drain | SetLog | Stop
 FromContainer = Hello | Inspected | Progress | Loaded | Attached | Beat | CanaryAnswer | Drained | Failed
 TO_CONTAINER: TypeAdapter[FromAgent] = TypeAdapter(Annotated[FromAgent, Field(discriminator="type")])
 TO_AGENT: TypeAdapter[FromContainer] = TypeAdapter(Annotated[FromContainer, Field(discriminator="type")])

@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 from petals_agent.errors import CheckpointError
 from petals_agent.models import disk
 from petals_agent.models.shard import TensorInfo, from_json, header_length, parse_header, to_json
+from petals_agent.redact import keep_secret
 
 if TYPE_CHECKING:
     from huggingface_hub.file_download import HfFileMetadata
@@ -58,6 +59,8 @@ class HubRepo:
 
     def __init__(self, repo: str, commit: str, cache: Path, token: str | None) -> None:
         self.repo, self.commit, self.cache, self.token = repo, commit, cache, token
+        if token is not None:
+            keep_secret(token)
         self.folder = cache / f"models--{repo.replace('/', '--')}"
 
     @classmethod

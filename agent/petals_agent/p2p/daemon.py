@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import importlib.util
+import json
 import logging
 import os
 import secrets
@@ -17,8 +18,17 @@ from petals_agent.errors import DaemonError
 from petals_agent.p2p import control
 from petals_agent.processes import end_child, start_child
 
-log = logging.getLogger("petals_agent.p2pd")
+log = logging.getLogger("p2pd")  # not one of ours: of p2pd's own words, warnings and errors are shown
 
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "error": logging.ERROR,
+    "dpanic": logging.ERROR,
+    "panic": logging.CRITICAL,
+    "fatal": logging.CRITICAL,
+}
 PERSISTENT_MESSAGE_LIMIT = 4 * 2**20  # hivemind's DEFAULT_MAX_MSG_SIZE; both ends of the wire assume it
 
 
@@ -55,6 +65,7 @@ class Daemon:
         self.maddr = maddr
         self.peer_id = ""
         self._last_line = ""
+        self._stopping = False
         self._reader = asyncio.create_task(self._read_output(), name="p2pd output")
 
     @property
@@ -73,7 +84,7 @@ class Daemon:
         try:
             process = await start_child(
                 _command(options, path),
-                environment={"GOLOG_LOG_LEVEL": os.environ.get("GOLOG_LOG_LEVEL", "error")},
+                environment={"GOLOG_LOG_FMT": "json", "GOLOG_LOG_LEVEL": _log_level()},
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
             )
@@ -113,8 +124,8 @@ class Daemon:
     async def _read_output(self) -> None:
         assert self.process.stdout is not None
         while line := await _line(self.process.stdout):
-            self._last_line = line.decode(errors="replace").strip()
-            log.debug("%s", self._last_line)
+            level, self._last_line = parse_line(line)
+            log.log(logging.DEBUG if self._stopping else level, "%s", self._last_line)
 
     async def visible_maddrs(self) -> list[str]:
         """Addresses others can dial, with our peer id."""
@@ -123,9 +134,28 @@ class Daemon:
 
     async def stop(self, grace: float = 2.0) -> None:
         """End the process and remove its socket."""
+        self._stopping = True  # it calls its end an error
         await end_child(self.process, grace)
         await asyncio.gather(self._reader, return_exceptions=True)
         Path(control.unix_path(self.maddr)).unlink(missing_ok=True)
+
+
+def parse_line(line: bytes) -> tuple[int, str]:
+    """Level and text of one line of p2pd's log (JSON, as we ask for); a line of another form is a debug line, but for a crash's."""
+    text = line.decode(errors="replace").strip()
+    try:
+        entry = json.loads(text)
+        level = _LEVELS.get(entry["level"], logging.INFO)
+        words = [str(entry[key]).strip() for key in ("logger", "msg", "error") if entry.get(key)]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return logging.ERROR if text.startswith(("panic:", "fatal error:")) else logging.DEBUG, text
+    return level, ": ".join(words)
+
+
+def _log_level() -> str:
+    """What p2pd shall say. That a routing table is empty is no news from it: we look ourselves, and it complains for ever."""
+    level = "info" if log.isEnabledFor(logging.INFO) else "warn"
+    return os.environ.get("GOLOG_LOG_LEVEL", f"{level},dht/RtRefreshManager=error")
 
 
 def check_ports(listen: Sequence[str]) -> None:

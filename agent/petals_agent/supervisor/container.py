@@ -179,6 +179,10 @@ class ContainerProcess:
                 how += " by the kernel: out of memory"
         return f"the container ended: {how}"
 
+    def set_log_level(self, level: str) -> None:
+        """Let it log from this level on ("debug", "info", "warning" or "error"), whatever it does now."""
+        self._channel.send(messages.SetLog.model_validate({"level": level}))
+
     def kill(self) -> None:
         """SIGKILL, e.g. because it hangs."""
         self._ours = True

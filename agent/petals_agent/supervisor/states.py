@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from petals_agent.log import event
 from petals_agent.supervisor.decisions import Decisions
 
 
@@ -76,5 +77,4 @@ class Life:
 
     def _tell(self, level: int, name: str, text: str, fields: Mapping[str, Any]) -> None:
         self.events.append(Event(time.time(), name, text, fields))
-        extra = {"petals": {"event": name, **fields}}  # log.py
-        logging.getLogger(f"petals_agent.{name}").log(level, "%s", text, extra=extra)
+        logging.getLogger(f"petals_agent.{name}").log(level, "%s", text, extra=event(name, **fields))
