@@ -10,9 +10,11 @@ from typing import Annotated
 
 import typer
 
-from petals_agent.config import InvalidConfig, Loaded, parse_overrides, read_config
+from petals_agent.config import Config, InvalidConfig, Loaded, check_span, parse_overrides, read_config
 from petals_agent.config.show import as_json, as_toml
 from petals_agent.config.toml_text import key_text
+from petals_agent.errors import ModelError
+from petals_agent.models.facts import num_blocks
 
 app = typer.Typer(help="Check the configuration, or show what is in effect.", no_args_is_help=True)
 
@@ -44,6 +46,7 @@ def check(
     """Say OK and what was read, or list every mistake and exit with 78."""
     with _mistakes_reported(json_output):
         loaded = read_config(config, parse_overrides(override or []), require_model=not without_model)
+        _check_blocks(loaded.config)
     if json_output:
         typer.echo(json.dumps({"ok": True, **_sources(loaded)}))
         return
@@ -75,6 +78,18 @@ def show(
             "origins": {key_text(path): str(at) for path, at in loaded.origins.items()},
         }
     typer.echo(json.dumps(values))
+
+
+def _check_blocks(config: Config) -> None:
+    """A model in a folder tells at once how many blocks it has; the rest of its files, and the Hub, wait for `run`."""
+    file = Path(config.model.path) / "config.json"
+    if not config.model.path or config.serve.blocks == "auto" or not file.is_file():
+        return
+    try:
+        count = num_blocks(json.loads(file.read_bytes()))
+    except (OSError, ValueError, AttributeError, ModelError):  # not a mistake of the configuration
+        return
+    check_span(config.serve.blocks, count, config.origin("serve.blocks"))
 
 
 def _sources(loaded: Loaded) -> dict[str, list[str]]:

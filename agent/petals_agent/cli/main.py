@@ -14,7 +14,14 @@ from typing import Annotated
 import typer
 
 from petals_agent import __version__
-from petals_agent.cli import config_commands, demo_command, explain_command, generate_command
+from petals_agent.cli import (
+    config_commands,
+    demo_command,
+    explain_command,
+    generate_command,
+    plan_command,
+    post_stop_command,
+)
 from petals_agent.errors import AgentError, SwarmError
 
 app = typer.Typer(
@@ -38,7 +45,9 @@ SetOption = Annotated[
 app.add_typer(config_commands.app, name="config")
 app.command()(generate_command.generate)
 app.command()(demo_command.demo)
+app.command()(post_stop_command.post_stop)
 app.command()(explain_command.explain)
+app.command()(plan_command.plan)
 
 
 @app.callback(invoke_without_command=True)

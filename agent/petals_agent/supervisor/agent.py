@@ -23,6 +23,7 @@ from petals_agent.p2p.daemon import DaemonOptions  # noqa: E402
 from petals_agent.processes import raise_file_limit  # noqa: E402
 from petals_agent.supervisor.announcing import Announcing  # noqa: E402
 from petals_agent.supervisor.care import Care  # noqa: E402
+from petals_agent.supervisor.company import Company  # noqa: E402
 from petals_agent.supervisor.control import ControlServer  # noqa: E402
 from petals_agent.supervisor.decisions import Decisions  # noqa: E402
 from petals_agent.supervisor.network import Network  # noqa: E402
@@ -68,6 +69,9 @@ class Agent:
             budget,
             self.notifier,
             self.life,
+        )
+        self.company = Company(
+            self.network, config.swarm.entry_peers, config.state_dir / "peers.json", self.life
         )
         self._asked_to_stop = asyncio.Event()
         self._drain_timeout: float | None = config.serve.drain_timeout
@@ -155,6 +159,7 @@ class Agent:
                     self.serving.run(),
                     self.announcing.run(),
                     self.care.run(),
+                    self.company.run(),
                 )
             finally:
                 await self._leave()

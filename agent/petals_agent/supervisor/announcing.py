@@ -11,6 +11,7 @@ from typing import NoReturn
 from petals_agent import __version__
 from petals_agent.config.schema import Config
 from petals_agent.errors import SwarmError
+from petals_agent.supervisor.marker import LeftBehind, Marker
 from petals_agent.supervisor.network import Connection, Network
 from petals_agent.supervisor.reachability import Reachability
 from petals_agent.supervisor.serving import Serving
@@ -40,6 +41,7 @@ class Announcing:
         self._reachability = reachability
         self._serving = serving
         self._life = life
+        self._marker = Marker(config.state_dir)
         self._pings = PingBook()
         self._rng = random.Random()
         self._first_said = asyncio.Event()
@@ -53,12 +55,16 @@ class Announcing:
         """The last record, if there was another one; takes at most 2 s."""
         if self.announced is None:
             return
+        if self.announced.state is ServerState.OFFLINE:
+            return
         try:
             if self._network.connection is None:
                 raise SwarmError("there is no connection to the swarm")
             await self._announce(self._network.connection, ServerState.OFFLINE, OFFLINE_TIMEOUT_S)
         except SwarmError as error:
             self._life.warn("announce", f"the OFFLINE record did not go out: {error}")
+        else:
+            await asyncio.to_thread(self._marker.remove)
 
     @property
     def throughput(self) -> float | None:
@@ -107,6 +113,8 @@ class Announcing:
         model, span = self._serving.model, self._serving.span
         assert model is not None and span is not None
         before = self.announced
+        if state is not ServerState.OFFLINE:
+            await asyncio.to_thread(self._marker.write, self._left_behind(connection, model.dht_prefix, span))
         self.announced = await announce(
             connection.node,
             connection.daemon.peer_id,
@@ -118,6 +126,11 @@ class Announcing:
         )
         if before is None or before.state is not state:
             self._life.note("announce", f"{state.name} for blocks {span[0]}:{span[1]}")
+
+    def _left_behind(self, connection: Connection, prefix: str, span: tuple[int, int]) -> LeftBehind:
+        peers = [*self._config.swarm.entry_peers, *self._network.known]
+        period = self._config.swarm.update_period
+        return LeftBehind(connection.daemon.peer_id, prefix, span[0], span[1], period, tuple(peers[:64]))
 
     def _record(self, state: ServerState, span: tuple[int, int], dtype: str) -> ServerInfo:
         """Our record as it is true now."""

@@ -53,7 +53,8 @@ class Network:
         self._budget = budget
         self._life = life
         self._unproven = options.identity is not None and is_there(options.identity)
-        self._known: list[str] = []  # peers met in earlier lives of p2pd
+        self.known: list[str] = []  # multiaddresses of peers met, in earlier lives too
+        self._met = False  # anybody, in this life
         self._up = asyncio.Event()
         self._replacing = False  # p2pd ends because we want it to
         self._condemned: str | None = None  # because it did no good any more
@@ -84,8 +85,14 @@ class Network:
                 self._replacing = False
                 continue
             self.restarts += 1
-            self._life.warn("p2pd", f"p2pd ended with status {status}; starting it again")
-            self._life.decided("restart", "p2pd", f"it ended with status {status}", restarts=self.restarts)
+            reason, self._condemned = self._condemned, None
+            why = f"it ended with status {status}" if reason is None else reason
+            self._life.warn("p2pd", f"p2pd is started again: {why}", reason=why)
+            self._life.decided("restart", "p2pd", why, restarts=self.restarts)
+            if reason is not None:
+                continue
+            if self._budget is not None:
+                self._budget.spend(time.monotonic())
             short_lives = 0 if time.monotonic() - began > _STEADY_S else short_lives + 1
             await _pause(short_lives - 1)
 
@@ -102,7 +109,7 @@ class Network:
     @property
     def expects_peers(self) -> bool:
         """Whether somebody was there to join, or came since."""
-        return bool(self._options.initial_peers or self._known)
+        return bool(self._options.initial_peers) or self._met
 
     async def leave_routing(self) -> None:
         """Nobody can dial us: become a mere client of the DHT, so that others do not try in vain."""
@@ -153,7 +160,7 @@ class Network:
     def _bootstrap_peers(self) -> tuple[str, ...]:
         """The configured peers; after a failure also those met before, in case all of the former are gone."""
         peers = tuple(self._options.initial_peers)
-        return (*peers, *self._known) if peers and self.problem is not None else peers
+        return (*peers, *self.known) if peers and self.problem is not None else peers
 
     async def remember_peers(self) -> None:
         """Note the peers that p2pd is connected to now; raises TimeoutError, or what hivemind raises."""
@@ -166,7 +173,8 @@ class Network:
             for addr in info.addrs
             if "/p2p-circuit" not in str(addr)
         ]
-        self._known = known[:64] or self._known
+        self.known = known[:64] or self.known
+        self._met = self._met or bool(known)
 
     @property
     def peers(self) -> int:

@@ -1,0 +1,95 @@
+"""What a dead agent could not do: withdraw its records from the DHT. Runs after each stop (ExecStopPost), without torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+from pathlib import Path
+
+from petals_agent import __version__
+from petals_agent.errors import AgentError, SwarmError
+from petals_agent.p2p import light
+from petals_agent.supervisor.marker import LeftBehind, Marker
+
+light.install(without_torch=True)
+
+from petals_agent.p2p.attachment import close  # noqa: E402
+from petals_agent.p2p.daemon import Daemon, DaemonOptions  # noqa: E402
+from petals_agent.swarm.announcer import announce  # noqa: E402
+from petals_agent.swarm.records import ServerInfo, ServerState  # noqa: E402
+
+log = logging.getLogger("petals_agent.post_stop")
+
+TIMEOUT_S = 12.0
+_START_TIMEOUT_S = 6.0
+_STORE_TIMEOUT_S = 4.0
+
+
+async def clean_up(state_dir: Path) -> bool:
+    """Announce OFFLINE for what an agent left behind; False when there was nothing. Takes at most 12 s.
+
+    Raises SwarmError when no peer took it; the records then expire by themselves.
+    """
+    marker = Marker(state_dir)
+    left = marker.read()
+    if left is None:
+        return False
+    if left.peers:  # the only host of a swarm leaves nothing anywhere else
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                await _withdraw(left)
+        except TimeoutError:
+            raise SwarmError(
+                f"the records of blocks {left.start}:{left.end} were not withdrawn in time"
+            ) from None
+    marker.remove()
+    return True
+
+
+async def _withdraw(left: LeftBehind) -> None:
+    from hivemind.dht.node import DHTNode
+    from hivemind.p2p import P2P
+    from hivemind.utils.multiaddr import Multiaddr
+
+    with tempfile.TemporaryDirectory(prefix="petals-agent-") as folder:
+        options = DaemonOptions(
+            initial_peers=left.peers,
+            listen=(),
+            client=True,
+            auto_nat=False,
+            nat_port_map=False,
+            startup_timeout=_START_TIMEOUT_S,
+            socket_dir=Path(folder),
+        )
+        daemon = await Daemon.start(options)
+        try:
+            p2p = await P2P.replicate(Multiaddr(daemon.maddr))
+            try:
+                node = await DHTNode.create(p2p=p2p, initial_peers=list(left.peers), client_mode=True)
+                info = ServerInfo(
+                    state=ServerState.OFFLINE,
+                    throughput=0.0,
+                    start_block=left.start,
+                    end_block=left.end,
+                    version=__version__,
+                )
+                await announce(
+                    node,
+                    left.peer_id,
+                    left.prefix,
+                    (left.start, left.end),
+                    info,
+                    update_period=left.update_period,
+                    timeout=_STORE_TIMEOUT_S,
+                )
+            except AgentError:
+                raise
+            except Exception as error:  # hivemind raises what it likes
+                raise SwarmError(
+                    f"the swarm was not reached to withdraw our records: {error!r:.200}"
+                ) from error
+            finally:
+                await close(p2p)
+        finally:
+            await daemon.stop(grace=0.5)
