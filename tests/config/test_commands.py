@@ -70,6 +70,25 @@ def test_a_model_is_needed_unless_told(file: Path) -> None:
     assert runner.invoke(app, ["check", "--config", str(file), "--without-model"]).exit_code == 0
 
 
+@pytest.mark.parametrize(("blocks", "code"), [("4:12", 78), ("4:8", 0), ("auto", 0)])
+def test_check_knows_how_many_blocks_a_folder_has(file: Path, blocks: str, code: int) -> None:
+    (file.parent / "model").mkdir()
+    (file.parent / "model" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 8}')
+    file.write_text(f'[model]\npath = "model"\ndht_prefix = "m"\n[serve]\nblocks = "{blocks}"\n')
+    result = runner.invoke(app, ["check", "--config", str(file)])
+    assert result.exit_code == code, result.output
+    if code:
+        assert f'{file}:5: serve.blocks = "4:12": the model has only 8 blocks' in result.output
+
+
+@pytest.mark.parametrize("content", ["{not json", "[]", "{}", '{"num_hidden_layers": "many"}', "\x00"])
+def test_check_leaves_a_broken_model_to_run(file: Path, content: str) -> None:
+    (file.parent / "model").mkdir()
+    (file.parent / "model" / "config.json").write_text(content)
+    file.write_text('[model]\npath = "model"\ndht_prefix = "m"\n[serve]\nblocks = "4:12"\n')
+    assert runner.invoke(app, ["check", "--config", str(file)]).exit_code == 0
+
+
 def test_show_is_toml_or_json(good: Path) -> None:
     shown = runner.invoke(app, ["show", "--config", str(good)])
     assert shown.exit_code == 0 and tomllib.loads(shown.stdout)["balance"]["cooldown"] == "3s"
