@@ -16,6 +16,7 @@ from petals_agent.engine.backend import Backend
 from petals_agent.engine.engine import Engine
 from petals_agent.errors import ConfigError
 from petals_agent.link import messages
+from petals_agent.models import defaults
 from petals_agent.models.facts import ModelFacts
 from petals_agent.models.memory import BlockCost, free_memory, max_blocks, require_block
 from petals_agent.models.source import ModelSource, Progress, open_model
@@ -26,9 +27,6 @@ from petals_agent.serving.server import BlockServer
 from petals_agent.serving.wire import COMPRESSIONS
 
 OnProgress = Callable[[str, int, int], None]
-# Petals' defaults with and without grouped attention (protocol.md §9.6, §9.7)
-_GROUPED_CACHE_TOKENS, _CACHE_TOKENS = 16384, 4096
-_GROUPED_LENGTH, _LENGTH = 8192, 2048
 # Tokens × weights of a block from which more threads than one pay (docs/decisions/0007): 200 tokens of a tiny model, one of
 # an 8 B model.
 _PARALLEL_PRODUCTS = 150_000_000
@@ -58,7 +56,8 @@ class ServedModel:
             lambda p: progress(f"downloading {p.file}", p.done, p.total),
         )
         device = _device(config.serve.device)
-        return cls(config, source, source.facts, device, _dtype(model.dtype, source.facts.dtype, device))
+        dtype = defaults.serving_dtype(model.dtype, source.facts.dtype, device.type)
+        return cls(config, source, source.facts, device, dtype)
 
     @property
     def prefix(self) -> str:
@@ -74,19 +73,12 @@ class ServedModel:
     @property
     def cache_tokens(self) -> int:
         """KV cache in tokens per block."""
-        configured = self.config.serve.cache_tokens
-        if configured != "auto":
-            return configured
-        return _GROUPED_CACHE_TOKENS if self._grouped else _CACHE_TOKENS
+        return _or(self.config.serve.cache_tokens, defaults.cache_tokens(self.facts))
 
     @property
     def max_batch_tokens(self) -> int:
         """Most tokens of one request."""
-        return _or(self.config.serve.max_batch_size, _GROUPED_LENGTH if self._grouped else _LENGTH)
-
-    @property
-    def _grouped(self) -> bool:
-        return self.facts.num_kv_heads < self.facts.num_heads
+        return _or(self.config.serve.max_batch_size, defaults.request_tokens(self.facts))
 
     def inspect(self) -> messages.Inspected:
         """What the agent needs to choose blocks. Raises ModelError if it is to fill the memory and not one fits."""
@@ -125,9 +117,8 @@ class ServedModel:
     def server(self, backend: Backend, start: int, end: int) -> BlockServer:
         """The server of these blocks; its engine is not started yet."""
         serve = self.config.serve
-        length = _GROUPED_LENGTH if self._grouped else _LENGTH
         limits = Limits(
-            inference_max_length=_or(serve.inference_max_length, length),
+            inference_max_length=_or(serve.inference_max_length, defaults.request_tokens(self.facts)),
             max_batch_tokens=self.max_batch_tokens,
             max_sessions=serve.max_sessions,
             request_timeout=serve.request_timeout,
@@ -166,10 +157,3 @@ def _device(configured: str) -> torch.device:
             'check the driver (nvidia-smi), or set "cpu"'
         )
     return device
-
-
-def _dtype(configured: str, of_model: str, device: torch.device) -> str:
-    """As Petals: "auto" is the checkpoint's dtype, but bfloat16 for float32; float16 does not compute on a CPU."""
-    if configured == "auto":
-        return "float16" if of_model == "float16" and device.type != "cpu" else "bfloat16"
-    return configured

@@ -67,7 +67,11 @@ def require_block(free: int, cost: BlockCost, cache_tokens: int, batch_tokens: i
 def free_memory(device: str) -> int:
     """Bytes that a span may take on `device` ("cpu", "cuda:0", …) now, with a margin left for everything else."""
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    free = _cuda_free(device) if kind == "cuda" else cpu_free()
+    return usable(kind, _cuda_free(device) if kind == "cuda" else cpu_free())
+
+
+def usable(kind: str, free: int) -> int:
+    """Bytes that a span may take of `free` bytes on a "cuda" device or a "cpu"."""
     return max(0, int(free * _USABLE[kind]) - _FIXED[kind])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -140,6 +141,20 @@ class ModelSource:
 
             paths[shard] = self.repo.download(file, arrived)
         return {shard: path for shard, path in paths.items() if path}
+
+    def download_size(self, tensors: Iterable[str]) -> tuple[int, int]:
+        """Bytes of the shards that hold `tensors`, and how many of them a fetch would download; asks the Hub.
+
+        Raises CheckpointError when a shard is absent or the Hub does not answer.
+        """
+        shards = sorted({self.weight_map[name] for name in tensors})
+        if self.repo is None:
+            return sum(path.stat().st_size for path in self._local(shards).values()), 0
+        sizes = [path.stat().st_size for shard in shards if (path := self.repo.stored(shard)) is not None]
+        absent = [shard for shard in shards if self.repo.stored(shard) is None]
+        with ThreadPoolExecutor(8, "hub-size") as pool:
+            remote = list(pool.map(self.repo.describe, absent))
+        return sum(sizes) + sum(file.size for file in remote), sum(file.missing for file in remote)
 
     def _local(self, shards: Iterable[str]) -> dict[str, Path]:
         assert self.folder is not None
