@@ -21,6 +21,7 @@ from petals_agent.config import config_from
 from petals_agent.container.canary import Canary
 from petals_agent.container.loading import ServedModel
 from petals_agent.errors import AgentError, ContainerError
+from petals_agent.histogram import Histogram
 from petals_agent.link import messages
 from petals_agent.link.channel import Channel
 from petals_agent.log import set_level, setup
@@ -193,7 +194,8 @@ class Container:
             cache_units_left=server.ledger.left,
             tokens=stats.tokens,
             requests=server.requests,
-            batch_rows=stats.batch_rows / stats.batches if stats.batches else 0.0,
+            batch_rows=_counted(stats.batch_rows),
+            step_seconds=_counted(stats.step_seconds),
         )
 
     async def _close(self) -> None:
@@ -203,6 +205,10 @@ class Container:
             if self._server.attachment is not None:
                 await self._server.attachment.close()
             self._server.engine.stop(timeout=1.0)
+
+
+def _counted(histogram: Histogram) -> messages.Counted:
+    return messages.Counted(counts=tuple(histogram.counts), total=histogram.total)
 
 
 def _failed(message: messages.FromAgent, error: Exception) -> messages.Failed:

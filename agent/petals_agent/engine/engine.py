@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from petals_agent.engine.scheduler import Batch, Scheduler, TrainingSlice
 from petals_agent.engine.session import Session, StepWork
 from petals_agent.engine.training import TrainingWork, run_training
 from petals_agent.errors import RequestError
+from petals_agent.histogram import BATCH_ROWS, STEP_SECONDS, Histogram
 
 log = logging.getLogger("petals_agent.engine")
 
@@ -35,10 +36,11 @@ class EngineStats:
     """Counters, written by the engine's thread alone."""
 
     progress: int = 0  # grows with every batch and training slice: stands still only when stalled or idle
-    steps: int = 0  # client steps answered
     tokens: int = 0  # tokens × rows that passed the span in steps and forwards
-    batches: int = 0
-    batch_rows: int = 0
+    batch_rows: Histogram = field(default_factory=lambda: Histogram(BATCH_ROWS))
+    step_seconds: Histogram = field(
+        default_factory=lambda: Histogram(STEP_SECONDS)
+    )  # answered ones, the wait included
 
 
 @dataclass(eq=False)
@@ -247,8 +249,7 @@ class Engine:
             self._blame(batch, error)
         self._scheduler.ran(batch, started, time.monotonic())
         self.stats.progress += 1
-        self.stats.batches += 1
-        self.stats.batch_rows += sum(work.rows for work, _ in batch.items)
+        self.stats.batch_rows.observe(sum(work.rows for work, _ in batch.items))
 
     def _use_threads_for(self, tokens: int) -> None:
         """Small products lose more to the hand-over between threads than they gain (docs/decisions/0007)."""
@@ -331,7 +332,7 @@ class Engine:
             return
         result = torch.cat((*work.parts, rows), dim=1) if work.parts else rows
         work.parts = []
-        self.stats.steps += 1
+        self.stats.step_seconds.observe(time.monotonic() - work.arrived)
         self._results.append((work.done, result))
 
     def _begin_training(self) -> None:

@@ -125,6 +125,19 @@ class Attached(_Message):
     type: Literal["attached"] = "attached"
 
 
+class Counted(_Message):
+    """What a histogram holds by now (histogram.py); nothing before the first block is loaded."""
+
+    counts: tuple[int, ...] = ()
+    total: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Of all values; 0 without any."""
+        count = sum(self.counts)
+        return self.total / count if count else 0.0
+
+
 class Beat(_Message):
     """Once a second: facts, no conclusions. `cache_units_left` is None while nothing is loaded."""
 
@@ -137,7 +150,8 @@ class Beat(_Message):
     cache_units_left: int | None = None
     tokens: int = 0
     requests: int = 0
-    batch_rows: float = 0.0
+    batch_rows: Counted = Counted()
+    step_seconds: Counted = Counted()
 
 
 class CanaryAnswer(_Message):

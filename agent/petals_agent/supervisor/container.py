@@ -44,6 +44,7 @@ class ContainerProcess:
         self.heard_at = self.started  # of any message
         self._ours = False  # we killed it
         self.on_progress: Callable[[messages.Progress], None] = lambda progress: None
+        self.on_beat: Callable[[messages.Beat], None] = lambda beat: None
         self._channel = channel
         # by the type of the request
         self._awaited: dict[
@@ -149,6 +150,7 @@ class ContainerProcess:
             if self.beat is not None and now > self.beat_at:
                 self.tokens_per_s = (message.tokens - self.beat.tokens) / (now - self.beat_at)
             self.beat, self.beat_at = message, now
+            self.on_beat(message)
         elif isinstance(message, messages.Progress):
             self.on_progress(message)
         elif isinstance(message, messages.Hello):

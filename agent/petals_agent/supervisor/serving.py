@@ -22,6 +22,7 @@ from petals_agent.supervisor.reachability import Reachability
 from petals_agent.supervisor.served import Caller
 from petals_agent.supervisor.states import Life, State
 from petals_agent.supervisor.tasks import first
+from petals_agent.supervisor.totals import Totals
 from petals_agent.swarm.choice import choose_span
 from petals_agent.swarm.records import ServerState
 from petals_agent.swarm.uids import block_uid
@@ -66,6 +67,7 @@ class Serving:
         self.attached = False  # our handlers are at the present p2pd
         self.doubted = False  # not announced as ONLINE until somebody looked again
         self.restarts = 0
+        self.totals = Totals()
         self._condemned: str | None = None  # why we ended the container
         self._again = asyncio.Event()  # attach and confirm anew
 
@@ -157,6 +159,7 @@ class Serving:
         )
         self.container = container
         container.on_progress = self._take_progress
+        container.on_beat = self.totals.follow()
         return await first(container.ended(), self._serve(container))
 
     async def _serve(self, container: ContainerProcess) -> NoReturn:

@@ -87,7 +87,7 @@ def read_status(agent: Agent) -> Status:
         requests=beat.requests,
         tokens=beat.tokens,
         tokens_per_s=container.tokens_per_s if container is not None and loaded is not None else 0.0,
-        batch_rows=beat.batch_rows,
+        batch_rows=beat.batch_rows.mean,
         cache_used=1 - left / loaded.cache_units if loaded is not None and left is not None else None,
         throughput=agent.announcing.throughput,
         backend=loaded.backend if loaded is not None else None,
