@@ -68,16 +68,23 @@ class Finding:
 
 @dataclass
 class Tally:
-    """Makes a finding of readings: bad ones must come `failures` times in a row, a good one counts at once."""
+    """Makes a finding of readings: bad ones must come `failures` times in a row, a good one counts at once.
+
+    It has failed only after so many failures; one failure after degraded readings is a degraded one more.
+    """
 
     probe: Probe
     finding: Finding | None = None
     bad: int = field(default=0)  # in a row
+    failed: int = field(default=0)  # in a row
 
     def take(self, reading: Reading, now: float) -> Finding:
         """The finding after `reading` at unix time `now`."""
         good = reading.status in (Status.OK, Status.NOT_APPLICABLE)
         self.bad = 0 if good else self.bad + 1
+        self.failed = self.failed + 1 if reading.status is Status.FAILED else 0
+        if 0 < self.failed < self.probe.failures:
+            reading = degraded(reading.reason)
         before = self.finding
         if not good and self.bad < self.probe.failures:
             if before is None:

@@ -11,6 +11,8 @@ from petals_agent.health.steps import Step
 
 NETWORK_PROBE = "swarm.peers"
 _NEED_PEERS = frozenset({"swarm.announced", "swarm.reachable", "host.clock"})
+_CLOCK_PROBE = "host.clock"
+_NEED_CLOCK = frozenset({"swarm.announced"})
 
 
 class Health(enum.Enum):
@@ -36,10 +38,14 @@ def judge(findings: Iterable[Finding]) -> Verdict:
     """Unhealthy if something failed that a step of ours may cure; degraded if something else is not as it should be.
 
     When nobody in the swarm answers, what others say or do not say of us is no finding against p2pd or the container: our
-    own network is suspected first, and a restart would not bring it back.
+    own network is suspected first, and a restart would not bring it back. Nor does one set a wrong clock, for which peers
+    drop our records.
     """
     known = list(findings)
-    alone = any(f.probe == NETWORK_PROBE and f.status is Status.FAILED for f in known)
+    failed = {finding.probe for finding in known if finding.status is Status.FAILED}
+    excused = (_NEED_PEERS if NETWORK_PROBE in failed else frozenset()) | (
+        _NEED_CLOCK if _CLOCK_PROBE in failed else frozenset()
+    )
     reasons: list[str] = []
     cures: set[Step] = set()
     for finding in sorted(known, key=lambda finding: finding.since):
@@ -47,7 +53,7 @@ def judge(findings: Iterable[Finding]) -> Verdict:
             continue
         reasons.append(f"{finding.probe}: {finding.reason}")
         if finding.status is Status.FAILED and finding.cure is not None:
-            if not (alone and finding.probe in _NEED_PEERS):
+            if finding.probe not in excused:
                 cures.add(finding.cure)
     if cures:
         both = {Step.RESTART_P2PD, Step.RESTART_CONTAINER} <= cures
