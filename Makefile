@@ -10,7 +10,7 @@ export TORCH ?= auto
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup peer-venv run test test-fast bench lint format clean
+.PHONY: help setup peer-venv run test test-fast bench lint format deb clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,9 @@ lint: setup ## ruff and mypy
 format: setup ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+deb: ## the Debian package, into dist/ (TORCH=cuda: with CUDA libraries)
+	@packaging/build_deb.sh
 
 clean: ## remove the environments and all caches
 	rm -rf $(VENV) $(PEER) build dist agent/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
