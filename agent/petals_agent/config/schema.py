@@ -52,7 +52,6 @@ NOT_YET = frozenset(
         "plugins",
         "access",
         "heartbeat",
-        "metrics",
         "monitor",
     }
 )

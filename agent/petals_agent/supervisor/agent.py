@@ -30,6 +30,7 @@ from petals_agent.supervisor.network import Network  # noqa: E402
 from petals_agent.supervisor.notify import Notifier  # noqa: E402
 from petals_agent.supervisor.reachability import Reachability  # noqa: E402
 from petals_agent.supervisor.served import Caller  # noqa: E402
+from petals_agent.supervisor.scraping import Scraping  # noqa: E402
 from petals_agent.supervisor.serving import Serving  # noqa: E402
 from petals_agent.supervisor.sockets import check_socket_folder, remove_stale_sockets  # noqa: E402
 from petals_agent.supervisor.states import Life, State  # noqa: E402
@@ -73,6 +74,7 @@ class Agent:
         self.company = Company(
             self.network, config.swarm.entry_peers, config.state_dir / "peers.json", self.life
         )
+        self.scraping = Scraping(self)
         self._asked_to_stop = asyncio.Event()
         self._drain_timeout: float | None = config.serve.drain_timeout
         self._lock = threading.Lock()  # guards what follows
@@ -160,6 +162,7 @@ class Agent:
                     self.announcing.run(),
                     self.care.run(),
                     self.company.run(),
+                    self.scraping.run(),
                 )
             finally:
                 await self._leave()

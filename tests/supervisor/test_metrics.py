@@ -1,0 +1,249 @@
+"""Metrics of a running agent as Prometheus sees them: valid, documented, true, and never falling."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from harness.live import LiveAgent, start_live
+from harness.peer import Peer, chain
+from harness.processes import Processes, wait_until
+from harness.promtool import promtool
+from harness.swarm import start_bootstrap
+
+ROOT = Path(__file__).resolve().parents[2]
+RULES = ROOT / "packaging" / "prometheus"
+PREFIX = "petals_agent_"
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    """Status and body."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@dataclass
+class Scene:
+    """An agent of the whole model with metrics on `port`, and a caller."""
+
+    agent: LiveAgent
+    port: int
+    peer: Peer
+
+    def text(self) -> str:
+        status, body = get(self.port, "/metrics")
+        assert status == 200
+        return body
+
+    def families(self) -> dict[str, Metric]:
+        return {family.name: family for family in text_string_to_metric_families(self.text())}
+
+    def value(self, name: str, **labels: str) -> float | None:
+        """One sample; None if it is absent."""
+        found = samples(self.families()).get((PREFIX + name, tuple(sorted(labels.items()))))
+        return found
+
+    def step(self, tokens: int = 3) -> None:
+        self.peer.step(self.agent.status()["peer_id"], chain(0, 8), torch.randn(1, tokens, 256))
+
+
+def samples(families: dict[str, Metric]) -> Samples:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in families.values()
+        for sample in family.samples
+    }
+
+
+def growing(families: dict[str, Metric]) -> Samples:
+    """Those that must never fall."""
+    return samples({name: f for name, f in families.items() if f.type in ("counter", "histogram")})
+
+
+@pytest.fixture(scope="module")
+def scene(
+    module_processes: Processes, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path
+) -> Iterator[Scene]:
+    maddr = start_bootstrap(module_processes)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    more = f'[metrics]\nlisten = "127.0.0.1:{port}"\n'
+    with Peer([maddr]) as peer:
+        agent = start_live(module_processes, tmp_path_factory.mktemp("a"), tiny_llama, "0:8", [maddr], more)
+        agent.online()
+        yield Scene(agent, port, peer)
+
+
+def documented() -> dict[str, tuple[str, set[str]]]:
+    """Name → type and labels, of the table in docs/metrics.md."""
+    found = {}
+    for row in re.findall(r"^\| (`.*?) \| (\w+) \| (.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.M):
+        for name in re.findall(r"`(\w+)`", row[0]):
+            found[PREFIX + name.removesuffix("_total")] = row[1], set(re.findall(r"`(\w+)`", row[2]))
+    return found
+
+
+def test_all_that_is_there_is_documented(scene: Scene) -> None:
+    scene.agent.online()
+    wait_until(lambda: scene.value("relayed") is not None, 30, "what peers say of us")
+    wait_until(lambda: scene.value("container_beat_age_seconds") is not None, 30, "a beat")
+    found = {
+        name: (family.type, {label for one in family.samples for label in one.labels} - {"le"})
+        for name, family in scene.families().items()
+    }
+    assert found == documented()
+    assert all(family.documentation for family in scene.families().values())
+
+
+def test_figures_are_true(scene: Scene) -> None:
+    status = scene.agent.online()
+    before = scene.value("tokens_total"), scene.value("step_duration_seconds_count")
+    assert before[0] is not None and before[1] is not None
+    for _ in range(3):
+        scene.step(tokens=5)
+    wait_until(lambda: scene.value("tokens_total") == before[0] + 15, 20, "15 tokens more")
+    assert scene.value("step_duration_seconds_count") == before[1] + 3
+    assert scene.value("step_duration_seconds_bucket", le="+Inf") == before[1] + 3
+    assert scene.value("state", state="online") == 1 and scene.value("state", state="recovering") == 0
+    assert (scene.value("span_start_block"), scene.value("span_end_block")) == (0, 8)
+    assert scene.value("cache_capacity_tokens") == 16384
+    assert scene.value("connected") == 1 and scene.value("health", health="unhealthy") == 0
+    age = scene.value("announcement_age_seconds")
+    assert age is not None and 0 <= age < 60
+    rss = psutil.Process(status["pids"]["container"]).memory_info().rss
+    assert scene.value("process_resident_memory_bytes", process="container") == pytest.approx(rss, rel=0.5)
+
+
+def test_cache_in_use(scene: Scene) -> None:
+    peer_id = scene.agent.online()["peer_id"]
+    slow = [
+        scene.peer.begin(scene.peer.stepping(peer_id, chain(0, 8), torch.randn(1, 1024, 256)), 90)
+        for _ in range(3)
+    ]
+    wait_until(lambda: (scene.value("cache_used_tokens") or 0) >= 1024, 60, "reserved cache")
+    for step in slow:
+        step.result()
+    wait_until(lambda: scene.value("cache_used_tokens") == 0, 30, "free cache")
+
+
+@pytest.mark.timeout(240)
+def test_nothing_falls_when_the_container_is_killed(scene: Scene) -> None:
+    scene.agent.online()
+    scene.step()
+    restarts = scene.value("restarts_total", what="container")
+    assert restarts is not None
+    last = growing(scene.families())
+
+    def again() -> bool:
+        nonlocal last
+        families = scene.families()
+        now = growing(families)
+        assert not {name: (value, now.get(name)) for name, value in last.items() if now.get(name, -1) < value}
+        last = now
+        values = samples(families)
+        return values[PREFIX + "state", (("state", "online"),)] == 1 and (
+            values[PREFIX + "restarts_total", (("what", "container"),)] == restarts + 1
+        )
+
+    scene.agent.kill_child("container")
+    wait_until(again, 90, "another container")
+    tokens = scene.value("tokens_total")
+    assert tokens is not None
+    scene.agent.online()
+    scene.step(tokens=7)
+    wait_until(lambda: again() and scene.value("tokens_total") == tokens + 7, 30, "7 tokens more")
+
+
+def test_healthz(scene: Scene) -> None:
+    scene.agent.online()
+    wait_until(lambda: get(scene.port, "/healthz")[0] == 200, 30, "200")
+    assert get(scene.port, "/healthz")[1].startswith("online: blocks 0:8")
+    assert get(scene.port, "/")[0] == 404
+
+
+@pytest.mark.timeout(240)
+def test_healthz_while_not_serving(scene: Scene) -> None:
+    scene.agent.online()
+    scene.agent.kill_child("container")
+    wait_until(lambda: get(scene.port, "/healthz")[0] == 503, 30, "503")
+    scene.agent.online()
+    wait_until(lambda: get(scene.port, "/healthz")[0] == 200, 30, "200")
+
+
+def test_promtool_finds_nothing_wrong(scene: Scene) -> None:
+    scene.agent.online()
+    tool = tool_or_skip()
+    done = subprocess.run(
+        [tool, "check", "metrics"], input=scene.text(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def tool_or_skip() -> Path:
+    tool = promtool()
+    if tool is None:
+        pytest.skip("no promtool here, and Debian's package cannot be fetched")
+    return tool
+
+
+def test_alert_rules() -> None:
+    tool = tool_or_skip()
+    for command in (
+        ["check", "rules", "petals-agent.rules.yml"],
+        ["test", "rules", "petals-agent.rules.test.yml"],
+    ):
+        done = subprocess.run([tool, *command], cwd=RULES, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "SUCCESS" in done.stdout, done.stdout + done.stderr
+
+
+def test_alert_rules_speak_of_metrics_that_are_there() -> None:
+    rules = (RULES / "petals-agent.rules.yml").read_text()
+    used = set(re.findall(r"\bpetals_agent_\w+", " ".join(re.findall(r"expr: (.*(?:\n {10}.*)*)", rules))))
+    known = set(documented())
+    assert used and {re.sub(r"_(total|bucket|count|sum)$", "", name) for name in used} <= known
+
+
+def test_off_by_default_and_a_taken_port_is_waited_for(
+    processes: Processes, tmp_path: Path, tiny_llama: Path, free_port: Callable[[], int]
+) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        more = f'[metrics]\nlisten = "127.0.0.1:{port}"\n[serve]\nblocks = "0:1"\n'
+        agent = start_live(processes, tmp_path / "taken", tiny_llama, more=more)
+        quiet = start_live(processes, tmp_path / "quiet", tiny_llama, more='[serve]\nblocks = "0:1"\n')
+        status = agent.until(
+            lambda status: any(event["name"] == "metrics" for event in status["events"]), 60, "a warning"
+        )
+        (text,) = [event["text"] for event in status["events"] if event["name"] == "metrics"]
+        assert f"no metrics at 127.0.0.1:{port}" in text and "trying again" in text
+        assert agent.online()["state"] == "online"  # without metrics
+    wait_until(lambda: answers(port), 30, "the port, once it is free")
+    quiet.online()
+    listening = psutil.Process(quiet.process.pid).net_connections("inet")
+    assert [one for one in listening if one.status == psutil.CONN_LISTEN] == []
+
+
+def answers(port: int) -> bool:
+    try:
+        return get(port, "/metrics")[0] == 200
+    except OSError:
+        return False
