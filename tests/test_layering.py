@@ -16,6 +16,7 @@ HEAVY = {"torch", "transformers", "safetensors", "accelerate"}
 # run in the agent or in short-lived commands; their lazy imports may be heavy only in cli and demo
 LIGHT = (
     "config",
+    "doctor",
     "health",
     "link",
     "p2p",
@@ -86,6 +87,7 @@ FORBIDDEN = {
     "serving": ("cli", "client", "container", "demo", "supervisor"),
     "container": ("cli", "client", "demo", "supervisor"),
     "supervisor": ("cli", "client", "demo", "engine", "models", "serving"),
+    "doctor": ("cli", "client", "container", "demo", "engine", "link", "serving"),
     "client": ("cli", "container", "demo", "engine", "link", "serving", "supervisor"),
 }
 ALLOWED = {("supervisor", "models.source")}  # which files a model has, without reading one

@@ -17,6 +17,7 @@ from petals_agent import __version__
 from petals_agent.cli import (
     config_commands,
     demo_command,
+    doctor_command,
     explain_command,
     generate_command,
     plan_command,
@@ -48,6 +49,7 @@ app.command()(demo_command.demo)
 app.command()(post_stop_command.post_stop)
 app.command()(explain_command.explain)
 app.command()(plan_command.plan)
+app.command()(doctor_command.doctor)
 
 
 @app.callback(invoke_without_command=True)

@@ -66,17 +66,11 @@ class HubRepo:
     @classmethod
     def open(cls, repo: str, revision: str | None, cache: Path, token: str | None) -> HubRepo:
         """Resolve `revision` (None: main) to a commit; offline, to the commit that was last seen."""
-        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+        from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        offline: Exception | None = None
         with _explained(repo, "config.json"):
-            try:
-                get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision), token=token)
-            except _unreachable() as error:  # asked here, since hf_hub_download would try for half a minute
-                if _refused(error):
-                    raise
-                offline = error
+            offline = _silence(repo, revision, token)  # hf_hub_download would try for half a minute
             try:
                 path = hf_hub_download(
                     repo,
@@ -153,12 +147,16 @@ class HubRepo:
         return hf_hub_url(self.repo, name, revision=self.commit)
 
     def stored(self, name: str) -> Path | None:
+        """A large file if it is complete on disk, to be used now."""
+        link = self.path_of(name)
+        if link is not None:
+            disk.mark_used(link)
+        return link
+
+    def path_of(self, name: str) -> Path | None:
         """A large file if it is complete on disk."""
         link = self.folder / "snapshots" / self.commit / name
-        if not link.exists():
-            return None
-        disk.mark_used(link)
-        return link
+        return link if link.exists() else None
 
     def has(self, name: str) -> bool:
         """Whether the repository has a file of that name; downloads nothing."""
@@ -307,6 +305,25 @@ def _write_whole(path: Path, data: bytes) -> None:
     new = path.with_name(f"{path.name}.{os.getpid()}")
     new.write_bytes(data)
     new.replace(path)
+
+
+def hub_answers(repo: str, revision: str | None, token: str | None) -> bool:
+    """Whether the Hub can be asked for the repository now. Raises CheckpointError when it says no."""
+    with _explained(repo, "config.json"):
+        return _silence(repo, revision, token) is None
+
+
+def _silence(repo: str, revision: str | None, token: str | None) -> Exception | None:
+    """Why the Hub cannot be reached; None if it can and has the repository, raises if it says no."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision), token=token)
+    except _unreachable() as error:
+        if _refused(error):
+            raise
+        return error
+    return None
 
 
 def is_absent(error: CheckpointError) -> bool:

@@ -150,11 +150,18 @@ class ModelSource:
         shards = sorted({self.weight_map[name] for name in tensors})
         if self.repo is None:
             return sum(path.stat().st_size for path in self._local(shards).values()), 0
-        sizes = [path.stat().st_size for shard in shards if (path := self.repo.stored(shard)) is not None]
-        absent = [shard for shard in shards if self.repo.stored(shard) is None]
+        here = {shard: path for shard in shards if (path := self.path_of(shard)) is not None}
         with ThreadPoolExecutor(8, "hub-size") as pool:
-            remote = list(pool.map(self.repo.describe, absent))
-        return sum(sizes) + sum(file.size for file in remote), sum(file.missing for file in remote)
+            remote = list(pool.map(self.repo.describe, (shard for shard in shards if shard not in here)))
+        total = sum(path.stat().st_size for path in here.values()) + sum(file.size for file in remote)
+        return total, sum(file.missing for file in remote)
+
+    def path_of(self, shard: str) -> Path | None:
+        """Where a shard lies if it is here; a look that counts as no use."""
+        if self.repo is not None:
+            return self.repo.path_of(shard)
+        assert self.folder is not None
+        return self.folder / shard if (self.folder / shard).is_file() else None
 
     def _local(self, shards: Iterable[str]) -> dict[str, Path]:
         assert self.folder is not None
