@@ -76,6 +76,11 @@ async def look(probe: Probe) -> Reading:
             return await probe.check()
     except TimeoutError:
         return failed(f"no answer within {probe.timeout:g} s")
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        return failed(repr(error))  # something that the probe waited for was cancelled, not we
     except Exception as error:  # a probe's trouble is a finding, never ours
         log.debug("probe %s: %r", probe.name, error)
         return failed(str(error) or repr(error))

@@ -8,6 +8,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from petals_agent.config.values import YEAR_S
+
 log = logging.getLogger("petals_agent.marker")
 
 _NAME = "announced.json"
@@ -64,7 +66,8 @@ class Marker:
             )
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             log.warning("%s cannot be read: %r", self._file, error)
             return None
-        return left if 0 <= left.start < left.end <= left.start + 10_000 else None
+        sensible = 0 <= left.start < left.end <= left.start + 10_000 and 0 < left.update_period <= YEAR_S
+        return left if sensible else None

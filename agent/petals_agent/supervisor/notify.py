@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import sdnotify
 
 _EXTENSION_S = 30
+_SEND_TIMEOUT_S = 0.1
 
 
 class Notifier:
@@ -16,6 +17,8 @@ class Notifier:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._sends = bool(environment.get("NOTIFY_SOCKET"))
         self._notifier = sdnotify.SystemdNotifier() if self._sends else None
+        if self._notifier is not None and self._notifier.socket is not None:
+            self._notifier.socket.settimeout(_SEND_TIMEOUT_S)  # a systemd that hangs shall not hang us
         self.watchdog_s = self._watchdog(environment)
         self._status = ""
         self._ready = False
@@ -79,4 +82,4 @@ class Notifier:
 
     def _send(self, text: str) -> None:
         if self._notifier is not None:
-            self._notifier.notify(text)
+            self._notifier.notify(text.encode(errors="replace").decode("latin-1"))  # which it encodes again
