@@ -89,6 +89,11 @@ class Peer:
         value = self.read(key).get(peer_id)
         return int(value[0][0]) if value is not None else None
 
+    def record(self, peer_id: str, key: str = "tiny.0") -> dict[str, Any]:
+        """The optional fields of its record there; empty without one."""
+        value = self.read(key).get(peer_id)
+        return dict(value[0][2]) if value is not None else {}
+
     def store(self, key: str, subkey: str, value: Any, seconds: float = 60.0) -> None:
         """Write a record, true or not."""
         assert self.run(self.node.store(key, value, get_dht_time() + seconds, subkey=subkey))

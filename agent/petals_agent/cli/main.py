@@ -20,6 +20,7 @@ from petals_agent.cli import (
     doctor_command,
     explain_command,
     generate_command,
+    operate_commands,
     plan_command,
     post_stop_command,
 )
@@ -47,6 +48,8 @@ app.add_typer(config_commands.app, name="config")
 app.command()(generate_command.generate)
 app.command()(demo_command.demo)
 app.command()(post_stop_command.post_stop)
+for command in (operate_commands.reload, operate_commands.drain, operate_commands.undrain):
+    app.command()(command)
 app.command()(explain_command.explain)
 app.command()(plan_command.plan)
 app.command()(doctor_command.doctor)
@@ -70,7 +73,7 @@ def run(config: ConfigOption = None, set_: SetOption = None) -> None:
 
     settings = configured(config, set_)
     setup(settings.log.level, settings.log.format)
-    Agent(settings).run()
+    Agent(settings, lambda: configured(config, set_)).run()
 
 
 @app.command()

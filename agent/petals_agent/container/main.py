@@ -45,6 +45,7 @@ class Container:
         self._server: BlockServer | None = None
         self._streams: StreamServer | None = None
         self._canary: Canary | None = None
+        self._doors_closed = False
 
     async def run(self) -> None:
         """Until the agent says stop or is gone, whatever we are doing then."""
@@ -59,23 +60,34 @@ class Container:
             while (message := await self._channel.receive()) is not None:
                 if isinstance(message, messages.Stop):
                     return
-                if isinstance(message, messages.SetLog):
-                    set_level(message.level)
-                    continue
                 if isinstance(
                     message, messages.Canary
                 ):  # may take as long as the engine is busy, or for ever
                     canary = asyncio.create_task(self._ask_canary(message), name="canary")
                     canaries.add(canary)
                     canary.add_done_callback(canaries.discard)
-                    continue
-                orders.put_nowait(message)
+                elif not self._obey_at_once(message):
+                    orders.put_nowait(message)
         finally:
             tasks += canaries
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._close()
+
+    def _obey_at_once(self, message: messages.FromAgent) -> bool:
+        """What has no answer and takes no time; False for everything else."""
+        match message:
+            case messages.Doors():
+                self._doors_closed = message.closed
+                if self._server is not None:
+                    self._server.closed = message.closed
+                    self._channel.send(self._facts(lag=0.0))
+            case messages.SetLog():
+                set_level(message.level)
+            case _:
+                return False
+        return True
 
     async def _obey_all(self, orders: asyncio.Queue[messages.FromAgent]) -> None:
         """One after the other; the agent never sends a second one before the first is answered."""
@@ -112,6 +124,7 @@ class Container:
             self._model.load, message.start, message.end, self._progress()
         )
         self._server = self._model.server(backend, message.start, message.end)
+        self._server.closed = self._doors_closed
         self._server.engine.start(on_death=lambda: os._exit(70))  # the agent starts another container
         hidden, blocks = backend.hidden_size, self._server.blocks
         self._canary = Canary(self._server.engine, blocks)
@@ -189,6 +202,7 @@ class Container:
             loop_lag_s=lag,
             progress=stats.progress,
             queued=server.engine.queued,
+            closed=server.closed,
             sessions=server.sessions,
             in_flight=server.in_flight,
             cache_units_left=server.ledger.left,

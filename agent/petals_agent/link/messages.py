@@ -53,6 +53,13 @@ class Drain(_Message):
     timeout: float | None
 
 
+class Doors(_Message):
+    """Closed: refuse new sessions and calls, go on with the sessions that are open."""
+
+    type: Literal["doors"] = "doors"
+    closed: bool
+
+
 class SetLog(_Message):
     """Log from this level on, at once; has no answer."""
 
@@ -147,6 +154,7 @@ class Beat(_Message):
     queued: int = 0
     sessions: int = 0
     in_flight: int = 0
+    closed: bool = False  # our doors
     cache_units_left: int | None = None
     tokens: int = 0
     requests: int = 0
@@ -178,7 +186,7 @@ class Failed(_Message):
     message: str
 
 
-FromAgent = Inspect | Load | Attach | Canary | Drain | SetLog | Stop
+FromAgent = Inspect | Load | Attach | Canary | Drain | Doors | SetLog | Stop
 FromContainer = Hello | Inspected | Progress | Loaded | Attached | Beat | CanaryAnswer | Drained | Failed
 TO_CONTAINER: TypeAdapter[FromAgent] = TypeAdapter(Annotated[FromAgent, Field(discriminator="type")])
 TO_AGENT: TypeAdapter[FromContainer] = TypeAdapter(Annotated[FromContainer, Field(discriminator="type")])

@@ -37,6 +37,7 @@ class Step:
 async def serve_session(server: BlockServer, stream: Stream) -> None:
     """Handle one stream from its first message to its end; the cache is freed however it ends."""
     limits = server.limits
+    server.check_open()
     if server.sessions >= limits.max_sessions:
         raise LimitExceeded(
             f"this server has {limits.max_sessions} open sessions, which is its limit; try another one"

@@ -40,6 +40,7 @@ class BlockServer:
     requests: int = 0  # answered, all kinds
     in_flight: int = 0  # steps and calls that are being worked on
     calls: int = 0  # forwards and backwards among them
+    closed: bool = False  # to new sessions and calls
     budget: ByteBudget = field(init=False)  # for requests that wait
     _draining: bool = False
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -83,9 +84,15 @@ class BlockServer:
             if self.in_flight == 0:
                 self._idle.set()
 
+    def check_open(self) -> None:
+        """Raise Refused to whoever is new while our doors are closed."""
+        if self.closed:
+            raise Refused("this server is leaving: open a new session at another one")
+
     @contextmanager
     def calling(self) -> Iterator[None]:
         """`working` around a forward or backward, of which only so many may wait."""
+        self.check_open()
         if self.calls >= self.limits.max_waiting_requests:
             raise LimitExceeded(
                 f"{self.calls} forwards and backwards wait, which is the limit here; try again"

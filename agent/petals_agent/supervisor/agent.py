@@ -12,8 +12,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from petals_agent.config.schema import Config
+from petals_agent.errors import AgentError, ConfigError
+from petals_agent.log import set_level
 from petals_agent.p2p import light
 
 light.install(without_torch=True)
@@ -26,9 +30,11 @@ from petals_agent.supervisor.care import Care  # noqa: E402
 from petals_agent.supervisor.company import Company  # noqa: E402
 from petals_agent.supervisor.control import ControlServer  # noqa: E402
 from petals_agent.supervisor.decisions import Decisions  # noqa: E402
+from petals_agent.supervisor.draining import Draining, Order  # noqa: E402
 from petals_agent.supervisor.network import Network  # noqa: E402
 from petals_agent.supervisor.notify import Notifier  # noqa: E402
 from petals_agent.supervisor.reachability import Reachability  # noqa: E402
+from petals_agent.supervisor.reloading import merge  # noqa: E402
 from petals_agent.supervisor.served import Caller  # noqa: E402
 from petals_agent.supervisor.scraping import Scraping  # noqa: E402
 from petals_agent.supervisor.serving import Serving  # noqa: E402
@@ -46,8 +52,10 @@ _STOP_MARGIN_S = 20.0  # of a stop, beside the time for requests in flight
 class Agent:
     """One host's membership in one swarm. Build it, then `run()` (blocking) or `await serve()`, once."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, reread: Callable[[], Config] | None = None) -> None:
+        """`reread` gives the configuration as it is on disk now; without it there is no reload."""
         self.config = config
+        self._reread = reread
         self.life = Life(decisions=Decisions(config.state_dir))
         self.started = time.time()
         self.peer_id = ""
@@ -75,6 +83,7 @@ class Agent:
             self.network, config.swarm.entry_peers, config.state_dir / "peers.json", self.life
         )
         self.scraping = Scraping(self)
+        self.draining = Draining(config.state_dir, self.network, self.serving, self.life)
         self._asked_to_stop = asyncio.Event()
         self._drain_timeout: float | None = config.serve.drain_timeout
         self._lock = threading.Lock()  # guards what follows
@@ -120,6 +129,7 @@ class Agent:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self._take_signal, number)
+            loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         await self.serve()
 
     def _take_signal(self, number: int) -> None:
@@ -127,6 +137,10 @@ class Agent:
             log.warning("a second signal (%s): ending at once", signal.Signals(number).name)
             os._exit(1)  # children die with us
         self.stop(self.config.serve.drain_timeout)
+
+    def _hang_up(self) -> None:
+        self._hung_up = asyncio.ensure_future(self._reload({}))
+        self._hung_up.add_done_callback(lambda done: done.exception())  # it was logged
 
     async def serve(self) -> None:
         """Serve until `stop`. Raises AgentError when serving is impossible (configuration, model)."""
@@ -149,7 +163,13 @@ class Agent:
         raise_file_limit()
         self.peer_id = await asyncio.to_thread(ensure_identity, identity)
         lock = IdentityLock(identity)
-        control = ControlServer(socket, {"status": self._status})
+        actions = {
+            "status": self._status,
+            "reload": self._reload,
+            "drain": self._drain,
+            "undrain": self._undrain,
+        }
+        control = ControlServer(socket, actions)
         try:
             await control.start()
             remove_stale_sockets(socket.parent)
@@ -163,6 +183,7 @@ class Agent:
                     self.care.run(),
                     self.company.run(),
                     self.scraping.run(),
+                    self.draining.run(),
                 )
             finally:
                 await self._leave()
@@ -182,6 +203,40 @@ class Agent:
         await self.reachability.stop()
         await self.network.stop()
         self.life.enter(State.OFFLINE, "all processes ended")
+
+    # --- what operators ask for
+
+    async def _reload(self, request: object) -> dict[str, object]:
+        """Read the configuration again; one that is wrong changes nothing. Raises ConfigError."""
+        if self._reread is None:
+            raise ConfigError(
+                "this agent was started without a configuration file: there is nothing to reload"
+            )
+        self.notifier.reloading()
+        try:
+            new = await asyncio.to_thread(self._reread)
+        except AgentError as error:
+            self.life.warn("reload", f"nothing was changed: {error}", reason=str(error))
+            raise
+        finally:
+            self.notifier.reloaded()
+        done = merge(self.config, new)
+        self.config = done.config
+        set_level(done.config.log.level)
+        for part in (self.serving, self.announcing, self.care):
+            part.take(done.config)
+        changes = ", ".join(done.applied) or "nothing changed"
+        later = f"; after a restart: {', '.join(done.needs_restart)}" if done.needs_restart else ""
+        self.life.note("reload", f"in effect now: {changes}{later}")
+        return {"applied": list(done.applied), "needs_restart": list(done.needs_restart)}
+
+    async def _drain(self, request: Mapping[str, Any]) -> dict[str, object]:
+        self.draining.drain(Order.read(request))
+        return {}
+
+    async def _undrain(self, request: object) -> dict[str, object]:
+        self.draining.undrain()
+        return {}
 
     # --- what it says of itself
 

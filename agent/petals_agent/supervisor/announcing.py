@@ -47,6 +47,11 @@ class Announcing:
         self._first_said = asyncio.Event()
         self.announced: Announced | None = None
 
+    def take(self, config: Config) -> None:
+        """Go by another configuration from now on, and say so."""
+        self._config = config
+        self._serving.changed.set()
+
     async def run(self) -> None:
         """Keep our record in the DHT true, and what it says of our neighbours fresh."""
         await first(self._keep_record(), self._keep_neighbours())
@@ -79,9 +84,9 @@ class Announcing:
         return span_throughput(measured.network_rps, measured.forward_rps, blocks, relayed=relayed)
 
     async def _keep_record(self) -> NoReturn:
-        period = self._config.swarm.update_period
         changed, due, failures = self._serving.changed, float("inf"), 0
         while True:
+            period = self._config.swarm.update_period
             try:
                 async with asyncio.timeout(max(due - time.monotonic(), 0.0)):
                     await changed.wait()
@@ -123,6 +128,7 @@ class Announcing:
             self._record(state, span, model.dtype),
             update_period=self._config.swarm.update_period,
             timeout=timeout,
+            after=before.expires if before is not None else 0.0,
         )
         if before is None or before.state is not state:
             self._life.note("announce", f"{state.name} for blocks {span[0]}:{span[1]}")

@@ -66,6 +66,11 @@ class Care:
         self._pinged = 0.0
         self._withheld = False
 
+    def take(self, config: Config) -> None:
+        """Go by another configuration from now on; probes stay as they are."""
+        self._config = config.health
+        self._budget.per_hour = config.health.recoveries_per_hour
+
     def _adjusted(self, probe: Probe) -> Probe:
         table = self._config.probes.get(probe.name)
         return replace(probe, **table.model_dump(exclude_none=True)) if table is not None else probe
@@ -95,7 +100,7 @@ class Care:
                 self._serving.attach_again()
             if self._config.repair and (self._repair is None or self._repair.done()):
                 step = self._ladder.next(self.verdict, now)
-                if self._budget.exhausted(now) and self._life.state is not State.ONLINE:
+                if self._budget.exhausted(now) and self._life.state not in (State.ONLINE, State.DRAINING):
                     step = Step.GIVE_UP
                 if step is Step.GIVE_UP:
                     await self._give_up()
@@ -166,7 +171,9 @@ class Care:
 
     def _speak_to_systemd(self, now: float) -> None:
         life, notifier = self._life, self._notifier
-        ready = (State.ONLINE,) if self._config.ready == "online" else (State.ONLINE, State.JOINING)
+        ready = {State.ONLINE, State.DRAINING} | (
+            {State.JOINING} if self._config.ready == "joining" else set()
+        )
         if life.state in ready:
             notifier.ready()
         notifier.status(self.line)

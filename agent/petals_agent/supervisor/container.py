@@ -165,6 +165,10 @@ class ContainerProcess:
                 if isinstance(message, expected) and not future.done():
                     future.set_result(message)
 
+    def tell(self, message: messages.FromAgent) -> None:
+        """Send something that has no answer."""
+        self._channel.send(message)
+
     @property
     def alive(self) -> bool:
         return self.process.returncode is None
@@ -180,10 +184,6 @@ class ContainerProcess:
             elif after > before:
                 how += " by the kernel: out of memory"
         return f"the container ended: {how}"
-
-    def set_log_level(self, level: str) -> None:
-        """Let it log from this level on ("debug", "info", "warning" or "error"), whatever it does now."""
-        self._channel.send(messages.SetLog.model_validate({"level": level}))
 
     def kill(self) -> None:
         """SIGKILL, e.g. because it hangs."""

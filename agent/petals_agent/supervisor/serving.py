@@ -70,6 +70,8 @@ class Serving:
         self.totals = Totals()
         self._condemned: str | None = None  # why we ended the container
         self._again = asyncio.Event()  # attach and confirm anew
+        self._doors_closed: str | None = None  # why nobody new is let in
+        self._doors_moved = asyncio.Event()
 
     async def run(self) -> NoReturn:
         """Keep a container serving. Raises AgentError where another one would do no better (configuration, model)."""
@@ -118,6 +120,22 @@ class Serving:
         self.doubted = False
         self._again.set()
 
+    def take(self, config: Config) -> None:
+        """Go by another configuration from now on: the container's log level, and what the next container gets."""
+        self._config = config
+        if self.container is not None and self.container.alive:
+            self.container.tell(messages.SetLog(level=config.log.level))
+
+    def move_doors(self, closed: str | None) -> None:
+        """Close them to new sessions, for the reason given, or open them; announced OFFLINE while they are closed."""
+        self._doors_closed = closed
+        self._tell_doors()
+        self._doors_moved.set()
+
+    def _tell_doors(self) -> None:
+        if self.container is not None and self.container.alive:
+            self.container.tell(messages.Doors(closed=self._doors_closed is not None))
+
     def replace_container(self, reason: str) -> None:
         """End the container, which does no good any more; another one takes its place."""
         if self.container is not None and self.container.alive:
@@ -129,7 +147,7 @@ class Serving:
         container = self.container
         if container is None:
             return
-        if self.state is ServerState.ONLINE and container.alive:
+        if self.attached and container.alive:
             await self._drain(container, timeout)
             await container.stop(grace=2.0)
         else:
@@ -193,12 +211,19 @@ class Serving:
             self._life.enter(State.RECOVERING, "p2pd is being replaced" if lost else "registering anew")
 
     async def _serve_on(self, connection: Connection) -> None:
-        """ONLINE as soon as a caller gets an answer."""
+        """ONLINE as soon as a caller gets an answer, while our doors are open."""
+        self._tell_doors()
         await self._confirm(connection)
         assert self.span is not None
-        self._life.enter(State.ONLINE, f"serving blocks {self.span[0]}:{self.span[1]}")
-        self._announce_as(ServerState.ONLINE)
-        await connection.lost.wait()
+        while True:
+            self._doors_moved.clear()
+            if self._doors_closed is not None:
+                self._life.enter(State.DRAINING, self._doors_closed)
+                self._announce_as(ServerState.OFFLINE)
+            else:
+                self._life.enter(State.ONLINE, f"serving blocks {self.span[0]}:{self.span[1]}")
+                self._announce_as(ServerState.ONLINE)
+            await self._doors_moved.wait()
 
     async def _check_canary(self, container: ContainerProcess) -> None:
         answer = await container.request(messages.Canary(), messages.CanaryAnswer, CANARY_TIMEOUT_S)

@@ -19,15 +19,17 @@ class State(enum.Enum):
     JOINING = "joining"
     ONLINE = "online"
     RECOVERING = "recovering"
+    DRAINING = "draining"
     STOPPING = "stopping"
     OFFLINE = "offline"
 
 
 ALLOWED: dict[State, frozenset[State]] = {
     State.STARTING: frozenset({State.JOINING, State.STOPPING}),
-    State.JOINING: frozenset({State.ONLINE, State.RECOVERING, State.STOPPING}),
-    State.ONLINE: frozenset({State.RECOVERING, State.STOPPING}),
-    State.RECOVERING: frozenset({State.JOINING, State.ONLINE, State.STOPPING}),
+    State.JOINING: frozenset({State.ONLINE, State.RECOVERING, State.DRAINING, State.STOPPING}),
+    State.ONLINE: frozenset({State.RECOVERING, State.DRAINING, State.STOPPING}),
+    State.RECOVERING: frozenset({State.JOINING, State.ONLINE, State.DRAINING, State.STOPPING}),
+    State.DRAINING: frozenset({State.ONLINE, State.RECOVERING, State.STOPPING}),
     State.STOPPING: frozenset({State.OFFLINE}),
     State.OFFLINE: frozenset(),
 }

@@ -45,6 +45,9 @@ class Status:
     backend: str | None
     device: str | None
     dtype: str | None
+    health: str
+    reasons: list[str]
+    drain: dict[str, str] | None
     pids: dict[str, int | None]
     restarts: dict[str, int]
     uptime: float
@@ -93,6 +96,17 @@ def read_status(agent: Agent) -> Status:
         backend=loaded.backend if loaded is not None else None,
         device=model.device if model is not None else None,
         dtype=model.dtype if model is not None else None,
+        health=agent.care.verdict.health.value,
+        reasons=list(agent.care.verdict.reasons),
+        drain=(
+            {
+                "stage": agent.draining.stage,
+                "reason": agent.draining.reason,
+                "detail": agent.draining.detail,
+            }
+            if agent.draining.stage is not None
+            else None
+        ),
         pids={
             "agent": os.getpid(),
             "container": container.pid if container is not None and container.alive else None,

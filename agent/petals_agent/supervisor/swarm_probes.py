@@ -56,7 +56,8 @@ class SwarmProbes:
     async def _p2pd(self) -> Reading:
         connection = self._network.connection
         if connection is None:
-            return worse(self._network.problem or "p2pd is being started")
+            problem = self._network.problem
+            return worse(problem) if problem is not None else not_applicable("p2pd is being started")
         if stopped(connection.daemon.pid):
             return failed(f"process {connection.daemon.pid} is stopped")
         try:

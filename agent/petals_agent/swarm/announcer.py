@@ -31,6 +31,7 @@ class Announced:
     end: int
     at: float  # unix seconds
     stored: int  # of end - start keys
+    expires: float  # DHT time, seconds
 
 
 async def announce(
@@ -43,15 +44,17 @@ async def announce(
     update_period: float,
     timeout: float,
     blocks: Sequence[int] | None = None,
+    after: float = 0.0,
 ) -> Announced:
     """Store `info` under the keys of `blocks` (default: all of `span`); it expires after two update periods.
 
+    The DHT keeps what expires last: `after` is the expiration of our record before this one, which this one outlives.
     Raises SwarmError when nothing was stored or `timeout` seconds passed.
     """
     from hivemind.utils.timed_storage import get_dht_time
 
     numbers = list(range(*span)) if blocks is None else list(blocks)
-    expiration = get_dht_time() + max(2 * update_period, 3.0)
+    expiration = max(get_dht_time() + max(2 * update_period, 3.0), after + 0.001)
     count = len(numbers)
     try:
         async with asyncio.timeout(timeout):
@@ -68,7 +71,7 @@ async def announce(
     stored = sum(bool(done) for done in results.values())
     if stored == 0 and count:
         raise SwarmError(f"the DHT refused our {info.state.name} record for blocks {span[0]}:{span[1]}")
-    return Announced(info.state, span[0], span[1], time.time(), stored)
+    return Announced(info.state, span[0], span[1], time.time(), stored, expiration)
 
 
 async def register_model(

@@ -1,0 +1,91 @@
+"""`petals-agent reload`, `drain` and `undrain`: what an operator asks a running agent to do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="The agent's configuration file.")]
+_LOOK_S = 0.5
+
+
+def _ask(config: Path | None, request: dict[str, Any], timeout: float = 10.0) -> Any:
+    from petals_agent.cli.settings import configured
+    from petals_agent.supervisor.control import ask
+
+    socket = configured(config, None, require_model=False).control.socket
+    return asyncio.run(ask(socket, request, timeout))
+
+
+def reload(
+    config: ConfigOption = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return when it is done (it always does; for the unit's sake).")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+) -> None:
+    """Read the configuration again; says what is in effect now and what needs a restart."""
+    import json
+
+    from petals_agent.cli.settings import configured
+    from petals_agent.supervisor.control import ask
+
+    # the file may be wrong, and then the agent says so; where it listens must be known all the same
+    settings = configured(config, None, require_model=False)
+    done = asyncio.run(ask(settings.control.socket, {"do": "reload"}, 30.0))
+    if json_:
+        typer.echo(json.dumps(done))
+        return
+    applied, later = done["applied"], done["needs_restart"]
+    typer.echo(
+        f"in effect now: {', '.join(applied)}"
+        if applied
+        else "nothing that can change at run time has changed"
+    )
+    if later:
+        typer.echo(f"needs a restart (systemctl restart petals-agent): {', '.join(later)}")
+
+
+def drain(
+    config: ConfigOption = None,
+    reason: Annotated[str, typer.Option("--reason", help="Shown in status and in the log.")] = "",
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", min=0.0, help="Seconds for open sessions; default: until they end."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Do not wait for another holder of our blocks.")
+    ] = False,
+    until_restart: Annotated[
+        bool, typer.Option("--until-restart", help="A restart of the agent ends the drain.")
+    ] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return at once.")] = False,
+) -> None:
+    """Let nobody new in, wait until open sessions have ended; stays so over restarts until `petals-agent undrain`."""
+    request = {"do": "drain", "reason": reason, "timeout": timeout, "force": force, "kept": not until_restart}
+    _ask(config, request)
+    if no_wait:
+        return
+    told = ""
+    while True:
+        state = _ask(config, {"do": "status"})["drain"]
+        if state is None:
+            stage, text = "", "the agent has not begun yet"
+        else:
+            stage, text = state["stage"], f"{state['stage']}: {state['detail']}"
+        if text != told:
+            typer.echo(text)
+            told = text
+        if stage == "drained":
+            return
+        time.sleep(_LOOK_S)
+
+
+def undrain(config: ConfigOption = None) -> None:
+    """Let new sessions in again."""
+    _ask(config, {"do": "undrain"})
+    typer.echo("new sessions are let in again")
