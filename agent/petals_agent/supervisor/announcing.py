@@ -67,7 +67,8 @@ class Announcing:
                 raise SwarmError("there is no connection to the swarm")
             await self._announce(self._network.connection, ServerState.OFFLINE, OFFLINE_TIMEOUT_S)
         except SwarmError as error:
-            self._life.warn("announce", f"the OFFLINE record did not go out: {error}")
+            text = f"the OFFLINE record did not go out: {error}"
+            self._life.warn("announce", text, announced="offline", reason=str(error))
         else:
             await asyncio.to_thread(self._marker.remove)
 
@@ -102,7 +103,7 @@ class Announcing:
                 await first(storing, connection.lost.wait())
             except SwarmError as error:
                 if not failures:
-                    self._life.warn("announce", f"{error}; trying again")
+                    self._life.warn("announce", f"{error}; trying again", reason=str(error))
                 due = time.monotonic() + min(period, _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
                 failures += 1
                 continue
@@ -110,7 +111,8 @@ class Announcing:
                 due = time.monotonic()  # whatever was said of it, on the next one
                 continue
             if failures:
-                self._life.note("announce", f"the DHT takes our record again, after {failures} failures")
+                text = f"the DHT takes our record again, after {failures} failures"
+                self._life.note("announce", text, failures=failures)
             failures = 0
             self._first_said.set()
 
@@ -131,7 +133,8 @@ class Announcing:
             after=before.expires if before is not None else 0.0,
         )
         if before is None or before.state is not state:
-            self._life.note("announce", f"{state.name} for blocks {span[0]}:{span[1]}")
+            text = f"{state.name} for blocks {span[0]}:{span[1]}"
+            self._life.note("announce", text, announced=state.name.lower(), span=f"{span[0]}:{span[1]}")
 
     def _left_behind(self, connection: Connection, prefix: str, span: tuple[int, int]) -> LeftBehind:
         peers = [*self._config.swarm.entry_peers, *self._network.known]

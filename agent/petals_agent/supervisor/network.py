@@ -128,7 +128,8 @@ class Network:
                 raise
             except SwarmError as error:
                 if self.problem != str(error):
-                    self._life.warn("network", f"not connected, trying again: {error}")
+                    text = f"not connected, trying again: {error}"
+                    self._life.warn("network", text, reason=str(error))
                 self.problem = str(error)
                 attempt += 1
                 await _pause(attempt)

@@ -61,7 +61,8 @@ class Reachability:
             async with asyncio.timeout(DHT_TIMEOUT_S):
                 await first(self._checks.attach(connection.node.protocol.p2p), connection.lost.wait())
         except Exception as error:  # without it we serve all the same
-            self._life.warn("reachability", f"peers cannot ask us: {error or type(error).__name__}")
+            reason = str(error) or type(error).__name__
+            self._life.warn("reachability", f"peers cannot ask us: {reason}", reason=reason)
 
     async def stop(self) -> None:
         """End the probe's p2pd, if there is one."""
@@ -72,7 +73,9 @@ class Reachability:
             await self._ask_monitor(self._source)
         elif await self._peers_say_no(connection):
             self._life.warn(
-                "reachability", "most peers cannot dial us; going on through relays (see swarm.announce)"
+                "reachability",
+                "most peers cannot dial us; going on through relays (see swarm.announce)",
+                relayed=True,
             )
             self.relayed = True
             await self._network.leave_routing()
@@ -93,12 +96,14 @@ class Reachability:
             try:
                 reachable, words = await ask_monitor(url, (await self._network.connected()).daemon.peer_id)
             except SwarmError as error:
-                self._life.warn("reachability", f"{error}; going on without")
+                self._life.warn("reachability", f"{error}; going on without", reason=str(error))
                 return
             if reachable:
                 return
             self._life.warn(
-                "reachability", f"the monitor cannot reach us: {words or 'no reason given'}; asking again"
+                "reachability",
+                f"the monitor cannot reach us: {words or 'no reason given'}; asking again",
+                reason=words,
             )
             await asyncio.sleep(_MONITOR_RETRY_S)
         raise SwarmError(

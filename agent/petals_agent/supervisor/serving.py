@@ -87,7 +87,8 @@ class Serving:
             if self._condemned is None:
                 self._budget.spend(time.monotonic())
             ended, self._condemned = self._condemned or ended, None
-            self._life.warn("container", f"{ended}; starting another one")
+            text = f"{ended}; starting another one"
+            self._life.warn("container", text, reason=ended, restarts=self.restarts)
             self._life.decided("restart", "another container", ended, restarts=self.restarts)
             if self._life.state is not State.STARTING:
                 self._life.enter(State.RECOVERING, ended)
@@ -161,12 +162,11 @@ class Serving:
             limit = None if timeout is None else timeout + 1.0
             drained = await container.request(messages.Drain(timeout=timeout), messages.Drained, limit)
         except ContainerError as error:
-            self._life.warn("drain", f"not drained: {error}")
+            self._life.warn("drain", f"not drained: {error}", reason=str(error))
             return
         if drained.in_flight:
-            self._life.note(
-                "drain", f"{drained.in_flight} requests were still unanswered after {timeout:g} s"
-            )
+            text = f"{drained.in_flight} requests were still unanswered after {timeout:g} s"
+            self._life.note("drain", text, in_flight=drained.in_flight)
         await asyncio.sleep(_FLUSH_S)  # p2pd is still passing on the last answers
 
     async def _one_container(self) -> str:
@@ -188,12 +188,15 @@ class Serving:
             self.span, why = await self._choose(model)
             chosen = {"start": self.span[0], "end": self.span[1], "fit_blocks": model.fit_blocks}
             self._life.decided("blocks", f"serve blocks {self.span[0]}:{self.span[1]}", why, **chosen)
-            self._life.enter(State.JOINING, f"loading blocks {self.span[0]}:{self.span[1]}")
+            self._life.enter(
+                State.JOINING, f"loading blocks {self._blocks}", span=self._blocks, model=model.dht_prefix
+            )
         self.model = model
         self._announce_as(ServerState.JOINING)
         load = messages.Load(start=self.span[0], end=self.span[1])
         self.loaded = self.measured = await container.request(load, messages.Loaded, timeout=None)
         self.progress = None
+        self._tell_loaded(self.loaded)
         await self._check_canary(container)
         await self._reachability.known.wait()
         while True:
@@ -221,9 +224,18 @@ class Serving:
                 self._life.enter(State.DRAINING, self._doors_closed)
                 self._announce_as(ServerState.OFFLINE)
             else:
-                self._life.enter(State.ONLINE, f"serving blocks {self.span[0]}:{self.span[1]}")
+                self._life.enter(State.ONLINE, f"serving blocks {self._blocks}", span=self._blocks)
                 self._announce_as(ServerState.ONLINE)
             await self._doors_moved.wait()
+
+    @property
+    def _blocks(self) -> str:
+        return f"{self.span[0]}:{self.span[1]}" if self.span is not None else "none"
+
+    def _tell_loaded(self, loaded: messages.Loaded) -> None:
+        text = f"blocks {self._blocks} are loaded, in {loaded.load_s:.1f} s"
+        took = round(loaded.load_s, 3)
+        self._life.note("load", text, span=self._blocks, duration_s=took, backend=loaded.backend)
 
     async def _check_canary(self, container: ContainerProcess) -> None:
         answer = await container.request(messages.Canary(), messages.CanaryAnswer, CANARY_TIMEOUT_S)
@@ -259,7 +271,7 @@ class Serving:
             except ContainerError as error:
                 if connection.lost.is_set():
                     return
-                self._life.warn("attach", f"{error}; trying again")
+                self._life.warn("attach", f"{error}; trying again", reason=str(error))
             await asyncio.sleep(pause)
 
     async def _clean_up(self) -> None:
@@ -296,7 +308,8 @@ class Serving:
                 span = choose_span(view, count, connection.daemon.peer_id)
                 return span, f"of all places for {count} blocks the swarm is slowest here"
             except Exception as error:  # hivemind raises what it likes, e.g. when p2pd has just ended
-                self._life.warn("choose", f"the swarm could not be read: {error}; trying again")
+                text = f"the swarm could not be read: {error}; trying again"
+                self._life.warn("choose", text, reason=str(error) or type(error).__name__)
                 await asyncio.sleep(1.0)
 
     def _announce_as(self, state: ServerState) -> None:

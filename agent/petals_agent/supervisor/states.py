@@ -60,7 +60,8 @@ class Life:
             return
         if state not in ALLOWED[self.state]:
             raise ValueError(f"{self.state.value} → {state.value} is no transition ({why})")
-        fields = {"state": state.value, "reason": why, **fields}
+        took = round(time.time() - self.since, 3)
+        fields = {"state": state.value, "before": self.state.value, "duration_s": took, "reason": why, **fields}
         self.note("state", f"{self.state.value} → {state.value}: {why}", **fields)
         self.state, self.since = state, time.time()
 
@@ -79,4 +80,6 @@ class Life:
 
     def _tell(self, level: int, name: str, text: str, fields: Mapping[str, Any]) -> None:
         self.events.append(Event(time.time(), name, text, fields))
-        logging.getLogger(f"petals_agent.{name}").log(level, "%s", text, extra=event(name, **fields))
+        extra = event(name, **{"state": self.state.value, **fields})
+        # named as the place that told us
+        logging.getLogger(f"petals_agent.{name}").log(level, "%s", text, extra=extra, stacklevel=3)
