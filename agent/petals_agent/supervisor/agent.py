@@ -17,7 +17,7 @@ from typing import Any
 
 from petals_agent.config.schema import Config
 from petals_agent.errors import AgentError, ConfigError
-from petals_agent.log import set_level
+from petals_agent.log import event, set_level
 from petals_agent.p2p import light
 
 light.install(without_torch=True)
@@ -35,8 +35,8 @@ from petals_agent.supervisor.network import Network  # noqa: E402
 from petals_agent.supervisor.notify import Notifier  # noqa: E402
 from petals_agent.supervisor.reachability import Reachability  # noqa: E402
 from petals_agent.supervisor.reloading import merge  # noqa: E402
-from petals_agent.supervisor.served import Caller  # noqa: E402
 from petals_agent.supervisor.scraping import Scraping  # noqa: E402
+from petals_agent.supervisor.served import Caller  # noqa: E402
 from petals_agent.supervisor.serving import Serving  # noqa: E402
 from petals_agent.supervisor.sockets import check_socket_folder, remove_stale_sockets  # noqa: E402
 from petals_agent.supervisor.states import Life, State  # noqa: E402
@@ -153,6 +153,9 @@ class Agent:
                 return
         try:
             await self._serve()
+        except AgentError as error:
+            log.error("%s", error, extra=event("failed", code=error.code, exit_code=error.exit_code))
+            raise
         finally:
             with self._lock:
                 self._ended.set()
@@ -177,6 +180,7 @@ class Agent:
                 await first(
                     self._asked_to_stop.wait(),
                     self.network.run(),
+                    self.caller.run(),
                     self.reachability.run(),
                     self.serving.run(),
                     self.announcing.run(),
@@ -227,7 +231,8 @@ class Agent:
             part.take(done.config)
         changes = ", ".join(done.applied) or "nothing changed"
         later = f"; after a restart: {', '.join(done.needs_restart)}" if done.needs_restart else ""
-        self.life.note("reload", f"in effect now: {changes}{later}")
+        applied, waiting = ", ".join(done.applied), ", ".join(done.needs_restart)
+        self.life.note("reload", f"in effect now: {changes}{later}", applied=applied, needs_restart=waiting)
         return {"applied": list(done.applied), "needs_restart": list(done.needs_restart)}
 
     async def _drain(self, request: Mapping[str, Any]) -> dict[str, object]:

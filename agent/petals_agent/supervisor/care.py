@@ -51,10 +51,9 @@ class Care:
         self._network, self._serving, self._announcing = network, serving, announcing
         self._notifier, self._life = notifier, life
         folders = (config.state_dir, config.model.cache_dir)
-        period = config.swarm.update_period
         probes = (
             *ContainerProbes(serving, self._adjusted).all,
-            *SwarmProbes(network, serving, announcing, caller, period, self._adjusted).all,
+            *SwarmProbes(network, serving, announcing, caller, config.swarm, self._adjusted).all,
             *HostProbes(folders, self._adjusted).all,
         )
         self._check_names(config, [probe.name for probe in probes])
@@ -132,6 +131,7 @@ class Care:
     async def _carry_out(self, step: Step) -> None:
         reason = self.verdict.text
         self._life.warn("recovery", f"{step.words}: {reason}", step=step.name.lower(), reason=reason)
+        self._life.decided("recovery", step.words, reason)
         began = time.monotonic()
         try:
             async with asyncio.timeout(_REPAIR_TIMEOUT_S):
@@ -161,6 +161,7 @@ class Care:
             f"{self._budget.per_hour}) did not help: {self.verdict.text}"
         )
         self._life.warn("give_up", reason, reason=reason)
+        self._life.decided("give_up", "announce OFFLINE and let systemd restart us", reason)
         self._notifier.status(f"giving up: {reason}")
         await self._announcing.say_offline()
         if self._notifier.trigger():
@@ -184,6 +185,7 @@ class Care:
         if withheld and not self._withheld:
             why = f"the watchdog's ping is withheld, since health.repair is off: {self.verdict.text}"
             life.warn("ping_withheld", why, reason=self.verdict.text)
+            life.decided("ping_withheld", "no ping to systemd", self.verdict.text)
         self._withheld = withheld
         if not withheld:
             notifier.ping()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import msgpack
 
@@ -28,6 +30,9 @@ _SERVICE = "TransformerConnectionHandler"
 _HEADER = struct.Struct(">BQ")
 _ANSWER_LIMIT = 65536
 _START_TIMEOUT_S = 10.0
+_PAUSE_S = 5.0
+
+log = logging.getLogger("petals_agent.served")
 
 
 class Caller:
@@ -41,8 +46,19 @@ class Caller:
         self._p2p: P2P | None = None
         self._lock = asyncio.Lock()
 
+    async def run(self) -> NoReturn:
+        """As a task: the p2pd is there before it is needed, and again when it has ended."""
+        while True:
+            try:
+                await self.start()
+                assert self._daemon is not None
+                await self._daemon.process.wait()
+            except DaemonError as error:
+                log.warning("the p2pd that checks on us does not start: %s", error)
+            await asyncio.sleep(_PAUSE_S)
+
     async def start(self) -> None:
-        """Start the p2pd ahead of the first check. Raises DaemonError."""
+        """Start the p2pd if it is not there. Raises DaemonError."""
         async with self._lock:
             if self._daemon is not None and self._daemon.process.returncode is None:
                 return

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from petals_agent.config.schema import SwarmConfig
 from petals_agent.errors import DaemonError, SwarmError
 from petals_agent.health.findings import OK, Probe, Reading, failed, not_applicable
 from petals_agent.health.findings import degraded as worse
@@ -18,6 +19,7 @@ from petals_agent.supervisor.container_probes import stopped
 from petals_agent.supervisor.network import Connection, Network
 from petals_agent.supervisor.served import Caller
 from petals_agent.supervisor.serving import Serving
+from petals_agent.swarm.reachability import ask_peers
 from petals_agent.swarm.uids import block_uid
 
 _ASKED = 3  # peers
@@ -28,7 +30,7 @@ _CLOCK_LIMIT_S, _CLOCK_WARN_S = 3.0, 1.5  # the DHT drops records whose time is 
 class SwarmProbes:
     """`all` of them."""
 
-    NAMES = ("swarm.p2pd", "swarm.served", "swarm.announced", "swarm.peers", "host.clock")
+    NAMES = ("swarm.p2pd", "swarm.served", "swarm.announced", "swarm.peers", "swarm.reachable", "host.clock")
 
     def __init__(
         self,
@@ -36,19 +38,21 @@ class SwarmProbes:
         serving: Serving,
         announcing: Announcing,
         caller: Caller,
-        update_period: float,
+        swarm: SwarmConfig,
         adjusted: Callable[[Probe], Probe],
     ) -> None:
         """`adjusted` gives a probe with what the configuration says of it."""
         self._network, self._serving, self._announcing = network, serving, announcing
         self._caller = caller
-        self._update_period = update_period
+        self._update_period = swarm.update_period
+        self._asks_peers = swarm.reachability == "peers"
         p2pd = Step.RESTART_P2PD
         probes = (
             Probe("swarm.p2pd", self._p2pd, 1.0, 6.0, 2, p2pd),
             Probe("swarm.served", self._served, 15.0, 20.0, 3, Step.REATTACH),
             Probe("swarm.announced", self._announced, 30.0, 20.0, 4, p2pd),
             Probe("swarm.peers", self._peers, 10.0, 20.0, 3),
+            Probe("swarm.reachable", self._reachable, 300.0, 30.0, 2),
             Probe("host.clock", self._clock, 60.0, 20.0, 2),
         )
         self.all = tuple(map(adjusted, probes))
@@ -133,6 +137,19 @@ class SwarmProbes:
             return not_applicable("this is the first host of its swarm")
         if not self._network.peers:
             return failed("no other peer is known any more; check the network of this host")
+        return OK
+
+    async def _reachable(self) -> Reading:
+        connection = self._network.connection
+        if connection is None or connection.client or not self._asks_peers:
+            return not_applicable("peers are not asked whether they can dial us")
+        share = await ask_peers(connection.node)
+        if share is None:
+            return not_applicable("no peer has an opinion")
+        if share < 0.5:
+            return failed(
+                f"only {share:.0%} of the peers that were asked can dial us; check port, firewall and swarm.announce"
+            )
         return OK
 
     async def _clock(self) -> Reading:
