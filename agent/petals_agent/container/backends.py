@@ -25,6 +25,7 @@ from petals_agent.engine.lean import KNOWN_SETTINGS, LeanBackend, LeanConfig, te
 from petals_agent.engine.selfcheck import TOLERANCE, Plain, error_of
 from petals_agent.engine.textbook import textbook_block
 from petals_agent.errors import CheckpointError, UnsupportedModel
+from petals_agent.log import event
 from petals_agent.models.checkpoint import Checkpoint
 from petals_agent.models.memory import return_freed_memory
 from petals_agent.models.source import ModelSource, OnProgress, Progress
@@ -116,7 +117,7 @@ def _lean_error(
     else:
         plain = lambda hidden: textbook_block(config, tensors, number, hidden)  # noqa: E731
     error = error_of(backend, plain, 0, 1)
-    log.info("self-check of the lean backend, block %d: relative error %.1e", number, error)
+    _tell_check(backend.name, error, block=number)
     return error <= TOLERANCE[request.dtype]
 
 
@@ -187,6 +188,11 @@ def _write_verdict(path: Path, key: str, verdict: bool) -> None:
         log.warning("the self-check's verdict could not be kept in %s: %s", path, error)
 
 
+def _tell_check(backend: str, error: float, **fields: object) -> None:
+    text = f"self-check of the {backend} backend: relative error {error:.1e}"
+    log.info("%s", text, extra=event("self_check", backend=backend, error=error, **fields))
+
+
 # --- transformers' modules
 
 
@@ -209,7 +215,7 @@ def _modules(request: SpanRequest) -> Backend:
         errors = [
             error_of(backend, partial(backend.block, index), index, index + 1) for index in kinds.values()
         ]
-        log.info("self-check of the %s backend: relative error %.1e", backend.name, max(errors))
+        _tell_check(backend.name, max(errors))
         if max(errors) <= TOLERANCE[request.dtype]:
             return backend
     raise UnsupportedModel(

@@ -24,7 +24,7 @@ from petals_agent.errors import AgentError, ContainerError
 from petals_agent.histogram import Histogram
 from petals_agent.link import messages
 from petals_agent.link.channel import Channel
-from petals_agent.log import set_level, setup
+from petals_agent.log import event, set_level, setup
 from petals_agent.p2p.attachment import Attachment
 from petals_agent.p2p.streams import StreamServer
 from petals_agent.serving.handlers import stream_handlers, unary_handlers
@@ -231,7 +231,8 @@ def _failed(message: messages.FromAgent, error: Exception) -> messages.Failed:
         return messages.Failed(
             doing=message.type, code=error.code, exit_code=error.exit_code, message=str(error)
         )
-    log.error("%s failed", message.type, exc_info=error)
+    extra = event("container_error", doing=message.type)
+    log.error("%s failed", message.type, exc_info=error, extra=extra)
     text = f"{type(error).__name__}: {error}"
     return messages.Failed(doing=message.type, code="internal", exit_code=70, message=text)
 

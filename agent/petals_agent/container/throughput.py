@@ -21,6 +21,7 @@ from petals_agent.engine.backend import Backend
 from petals_agent.engine.kv import KVCache
 from petals_agent.engine.plan import StepPlan
 from petals_agent.engine.session import Session, StepWork
+from petals_agent.log import event
 from petals_agent.swarm.throughput import span_throughput
 
 log = logging.getLogger("petals_agent.throughput")
@@ -148,5 +149,6 @@ def rates(backend: Backend, blocks: int, model: str, version: str, cache: RateCa
         forward, inference = measure(backend)
         known = (link_bits_s() / (16 * backend.hidden_size), forward, inference)
         cache.put(key, *known)
-        log.info("measured per block: %s", asdict(combine(*known, 1)))
+        each = asdict(combine(*known, 1))
+        log.info("measured per block: %s", each, extra=event("measured", **each))
     return combine(*known, blocks)

@@ -25,6 +25,7 @@ from petals_agent.engine.session import Session, StepWork
 from petals_agent.engine.training import TrainingWork, run_training
 from petals_agent.errors import RequestError
 from petals_agent.histogram import BATCH_ROWS, STEP_SECONDS, Histogram
+from petals_agent.log import event
 
 log = logging.getLogger("petals_agent.engine")
 
@@ -190,7 +191,7 @@ class Engine:
         try:
             self._run()
         except BaseException:
-            log.critical("the engine died, which is a bug in it", exc_info=True)
+            log.critical("the engine died, which is a bug in it", exc_info=True, extra=event("engine_died"))
             self._on_death()
 
     def _run(self) -> None:

@@ -116,9 +116,8 @@ class Draining:
         while (sessions := self._sessions) != 0:
             self.detail = f"{sessions} sessions are open" if sessions else "closing the doors"
             if deadline is not None and time.monotonic() > deadline:
-                self._life.warn(
-                    "drain", f"{sessions or 'some'} sessions were still open after {order.timeout:g} s"
-                )
+                text = f"{sessions or 'some'} sessions were still open after {order.timeout:g} s"
+                self._life.warn("drain", text, sessions=sessions)
                 break
             await asyncio.sleep(_EMPTY_LOOK_S)
         self._stage("drained", "nothing is left to do here; `petals-agent undrain` lets everybody in again")
