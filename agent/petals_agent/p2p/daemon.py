@@ -155,7 +155,7 @@ def parse_line(line: bytes) -> tuple[int, str]:
 def _log_level() -> str:
     """What p2pd shall say. That a routing table is empty is no news from it: we look ourselves, and it complains for ever."""
     level = "info" if log.isEnabledFor(logging.INFO) else "warn"
-    return os.environ.get("GOLOG_LOG_LEVEL", f"{level},dht/RtRefreshManager=error")
+    return os.environ.get("GOLOG_LOG_LEVEL", f"{level},dht=error,dht/RtRefreshManager=error")
 
 
 def check_ports(listen: Sequence[str]) -> None:
