@@ -45,3 +45,19 @@ def test_real_torch_stays_when_it_was_there_first(without_torch: bool) -> None:
 def test_real_torch_may_come_later_where_it_is_allowed() -> None:
     done = run("", False, "import torch; print(torch.ones(2).sum().item())")
     assert done.stdout.split() == ["2.0"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("use", "told"),
+    [
+        (
+            "import torch; torch.zeros(2)",
+            "AttributeError: torch.zeros: this program imported the agent before torch",
+        ),
+        ("from torch import zeros", "cannot import name 'zeros' from 'torch'"),
+        ("import torch.nn", "No module named 'torch.nn'"),
+    ],
+)
+def test_a_program_that_wanted_the_real_torch_is_told(use: str, told: str) -> None:
+    done = run("", True, use)
+    assert done.returncode == 1 and told in done.stderr

@@ -54,10 +54,25 @@ class _Anything(metaclass=_Meta):
         return iter(())
 
 
+def _asked_by_hivemind() -> bool:
+    """Whether the code that looks into torch, past the import machinery and this file, is hivemind's."""
+    frame = sys._getframe(1)
+    while (name := str(frame.f_globals.get("__name__"))) == __name__ or "importlib" in name:
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return name.split(".")[0] == "hivemind"
+
+
 class _TorchStandIn(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if not _asked_by_hivemind():
+            raise AttributeError(
+                f"{self.__name__}.{name}: this program imported the agent before torch, so that torch is a stand-in "
+                "that holds nothing; import torch first"
+            )
         return _Anything
 
 
@@ -67,7 +82,7 @@ class _TorchFinder(MetaPathFinder, Loader):
     def find_spec(
         self, name: str, path: Any = None, target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name == "torch" or name.startswith("torch."):
+        if name == "torch" or (name.startswith("torch.") and _asked_by_hivemind()):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
@@ -81,7 +96,8 @@ class _TorchFinder(MetaPathFinder, Loader):
 def install(*, without_torch: bool) -> None:
     """Let `import hivemind.X` load just X; with `without_torch`, also answer `import torch` with an empty stand-in.
 
-    Idempotent. A process that needs the real torch passes False (and may import torch before or after).
+    Idempotent. A process that needs the real torch passes False (and may import torch before or after), or imports torch
+    before this: whoever but hivemind looks into the stand-in is told so.
     """
     if "hivemind" not in sys.modules:
         spec = importlib.util.find_spec("hivemind")
