@@ -10,7 +10,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_COLOURS = {"online": "green", "joining": "yellow", "starting": "yellow", "recovering": "red"}
+_COLOURS = {
+    "online": "green",
+    "joining": "yellow",
+    "starting": "yellow",
+    "draining": "yellow",
+    "recovering": "red",
+    "healthy": "green",
+    "degraded": "yellow",
+    "unhealthy": "red",
+}
 
 
 def print_status(status: Mapping[str, Any], clear: bool = False) -> None:
@@ -25,6 +34,13 @@ def print_status(status: Mapping[str, Any], clear: bool = False) -> None:
     colour = _COLOURS.get(state, "white")
     since, uptime = _duration(status["since"]), _duration(status["uptime"])
     table.add_row("state", f"[{colour}]{escape(state)}[/] for {since}, up {uptime}")
+    health = str(status["health"])
+    words = f"[{_COLOURS.get(health, 'white')}]{escape(health)}[/]"
+    table.add_row("health", words + "".join(f"; {escape(reason)}" for reason in status["reasons"]))
+    if status["drain"] is not None:
+        drain = status["drain"]
+        why = f" ({drain['reason']})" if drain["reason"] else ""
+        table.add_row("drain", escape(f"{drain['stage']}{why}: {drain['detail']}"))
     span = f"{status['blocks']} of {status['num_blocks']}" if status["blocks"] else "not chosen yet"
     table.add_row("model", escape(f"{status['model']} ({status['dht_prefix'] or 'prefix not known yet'})"))
     table.add_row("blocks", escape(span + (f" — {status['loading']}" if status["loading"] else "")))
