@@ -131,7 +131,7 @@ def bootstrap(
     from petals_agent.log import setup
     from petals_agent.supervisor.bootstrap import bootstrap as serve
 
-    setup("info", "auto")
+    setup("info", "auto", "bootstrap")
     folders = places(os.environ)
     listen = addresses("--listen", listen, Purpose.LISTEN)
     announce = addresses("--announce", announce, Purpose.ANNOUNCE)
