@@ -18,6 +18,7 @@ from petals_agent.health.steps import Step
 from petals_agent.health.verdict import Health, Verdict, judge
 from petals_agent.supervisor.announcing import Announcing
 from petals_agent.supervisor.container_probes import ContainerProbes
+from petals_agent.supervisor.gpu_probes import GpuProbes
 from petals_agent.supervisor.host_probes import HostProbes
 from petals_agent.supervisor.network import Network
 from petals_agent.supervisor.notify import Notifier
@@ -55,6 +56,7 @@ class Care:
             *ContainerProbes(serving, self._adjusted).all,
             *SwarmProbes(network, serving, announcing, caller, config.swarm, self._adjusted).all,
             *HostProbes(folders, self._adjusted).all,
+            *GpuProbes(self._device, self._adjusted).all,
         )
         self._check_names(config, [probe.name for probe in probes])
         self.probing = Probing(probes, self._tell_finding)
@@ -64,6 +66,10 @@ class Care:
         self._repair: asyncio.Task[None] | None = None
         self._pinged = 0.0
         self._withheld = False
+
+    def _device(self) -> str | None:
+        model = self._serving.model
+        return model.device if model is not None else None
 
     def take(self, config: Config) -> None:
         """Go by another configuration from now on; probes stay as they are."""
