@@ -87,7 +87,7 @@ def in_catalog() -> dict[str, Found]:
     """The rows of its tables: event, level, fields."""
     found = {}
     for row in re.findall(
-        r"^\| `([a-z_]+)` \| ([\w, ]+) \| (.*?) \|", (ROOT / "docs/events.md").read_text(), re.M
+        r"^\| `([a-z0-9_]+)` \| ([\w, ]+) \| (.*?) \|", (ROOT / "docs/events.md").read_text(), re.M
     ):
         found[row[0]] = Found(set(row[1].split(", ")), set(re.findall(r"`(\w+)`", row[2])))
     return found
