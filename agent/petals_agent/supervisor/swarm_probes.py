@@ -103,6 +103,7 @@ class SwarmProbes:
         if not answers:
             return not_applicable("no other peer can be asked")
         if not any(answers):
+            self._serving.changed.set()  # say it again: whoever came since does not know us
             return failed(f"none of {len(answers)} peers that should know our record has it")
         return OK
 
