@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import re
-import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,14 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.journal import Journal, decode
 from petals_agent import redact
 from petals_agent.journal import encode
 
 PROGRAM = """
 import logging, os, sys, threading, warnings
-from petals_agent.p2p import light
-light.install(without_torch=True)
-from hivemind.utils.logging import get_logger
+if "get_logger" in sys.argv[3]:
+    from petals_agent.p2p import light
+    light.install(without_torch=True)
+    from hivemind.utils.logging import get_logger
 from petals_agent import journal
 from petals_agent.log import event, set_level, setup
 
@@ -57,46 +56,6 @@ def lines(level: str, form: str, program: str = LINES, **environment: str) -> li
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stderr.splitlines()
-
-
-class Journal:
-    """What systemd's journal is to a program: a socket that datagrams come to, here as dicts of their fields."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
-        self._socket.setblocking(False)
-
-    def entries(self) -> list[dict[str, str]]:
-        """Those that came since the last call."""
-        found = []
-        while True:
-            try:
-                found.append(decode(self._socket.recv(2**20)))
-            except BlockingIOError:
-                return found
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-def decode(datagram: bytes) -> dict[str, str]:
-    """The native protocol as journald reads it; each name may come once here."""
-    fields: dict[str, str] = {}
-    while datagram:
-        name, _, rest = datagram.partition(b"\n")
-        if b"=" in name:
-            name, _, value = name.partition(b"=")
-            datagram = rest
-        else:
-            (size,) = struct.unpack_from("<Q", rest)
-            value, end, datagram = rest[8 : 8 + size], rest[8 + size : 9 + size], rest[9 + size :]
-            assert len(value) == size and end == b"\n"
-        assert re.fullmatch(rb"[A-Z][A-Z0-9_]{0,63}", name), name
-        assert name.decode() not in fields
-        fields[name.decode()] = value.decode()
-    return fields
 
 
 @pytest.fixture
