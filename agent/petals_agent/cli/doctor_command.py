@@ -19,7 +19,7 @@ _COLOURS = {"ok": "green", "skipped": "dim", "warning": "yellow", "problem": "re
 
 def doctor(
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="The agent's configuration file.")
+        Path | None, typer.Option("--config", "-c", readable=False, help="The agent's configuration file.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
 ) -> None:

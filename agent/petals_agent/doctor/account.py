@@ -6,6 +6,7 @@ import grp
 import os
 import pwd
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,19 +42,25 @@ class Account:
         return bool(status.st_mode & (group if status.st_gid in self.gids else other))
 
 
-def agent_account(config_file: Path | None) -> Account:
-    """The service's user for a configuration in /etc/petals-agent, where there is one.
+def agent_account(config_file: Path | None, socket: Path | None) -> Account:
+    """Who owns the control socket, if an agent made one; else the service's user for a file in /etc/petals-agent.
 
     Else who asks; if that is root, the owner of the configuration.
     """
+    account = _owner_of(socket)
+    if account is None and config_file is not None and config_file.parent == SYSTEM_FOLDER:
+        with suppress(KeyError):
+            account = _of(pwd.getpwnam(SERVICE_USER))
+    if account is None and os.geteuid() == 0:
+        account = _owner_of(config_file)
+    return account or current_account()
+
+
+def _owner_of(path: Path | None) -> Account | None:
     try:
-        if config_file is not None and config_file.parent == SYSTEM_FOLDER:
-            return _of(pwd.getpwnam(SERVICE_USER))
-        if config_file is not None and os.geteuid() == 0:
-            return _of(pwd.getpwuid(config_file.stat().st_uid))
-    except (KeyError, OSError):  # no such user, no such file
-        pass
-    return current_account()
+        return _of(pwd.getpwuid(path.stat().st_uid)) if path is not None else None
+    except (KeyError, OSError):  # a number without a name; no such file, or none that we may look at
+        return None
 
 
 def current_account() -> Account:

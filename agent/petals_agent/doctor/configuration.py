@@ -7,8 +7,8 @@ import stat
 from pathlib import Path
 
 from petals_agent.doctor.account import Account, owner_name
-from petals_agent.doctor.check import Result, ok, problem, warning, worst
-from petals_agent.doctor.host import SUDO, Host
+from petals_agent.doctor.check import Result, Skip, ok, problem, warning, worst
+from petals_agent.doctor.host import Host
 
 _GROUP, _OTHERS = stat.S_IRWXG, stat.S_IRWXO
 _WRITE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -18,9 +18,9 @@ def check_config(host: Host) -> Result:
     """Every key is right, and the file is where the agent looks."""
     if host.mistakes is not None:
         named = f" --config {host.file}" if host.file is not None else ""
-        return problem(
-            str(host.mistakes), f"Mend the file until this says OK: petals-agent config check{named}"
-        )
+        remedy = f"Mend the file until this says OK: petals-agent config check{named}"
+        closed = host.file is not None and host.file.exists() and not os.access(host.file, os.R_OK)
+        return problem(str(host.mistakes), host.as_root if closed else remedy)
     assert host.loaded is not None
     if host.loaded.notes:
         return warning(
@@ -39,7 +39,7 @@ def check_modes(host: Host) -> Result:
     for file in host.loaded.files:
         results += config_file_mode(file, os.stat(file), host.account)
     if config.model.token_file is not None:
-        results.append(_token(config.model.token_file, host.account))
+        results.append(_token(config.model.token_file, host.account, host.as_root))
     if config.plugins.enabled:
         for folder in config.plugins.dirs:
             results += plugin_folder_modes(folder, host.account)
@@ -71,7 +71,7 @@ def config_file_mode(file: Path, status: os.stat_result, account: Account) -> li
     return found
 
 
-def _token(file: Path, account: Account) -> Result:
+def _token(file: Path, account: Account, as_root: str) -> Result:
     try:
         status = file.stat()
     except FileNotFoundError:
@@ -80,7 +80,7 @@ def _token(file: Path, account: Account) -> Result:
             f"Write the token into it: install -m 0600 /dev/stdin {file}",
         )
     except PermissionError:
-        return Result(warning("", "").outcome, f"{file} cannot be looked at", SUDO)
+        return Skip(f"{file} cannot be looked at", as_root).result
     if not account.may_read(status):
         return problem(
             f"{account.name} cannot read {file}", f"Give it away: sudo chown {account.name} {file}"

@@ -26,7 +26,6 @@ from petals_agent.models.source import ModelSource, open_model
 from petals_agent.supervisor.control import ask
 
 T = TypeVar("T")
-SUDO = "Run it as root to look at everything: sudo petals-agent doctor"
 _STATUS_TIMEOUT_S = 5.0
 
 
@@ -39,9 +38,9 @@ class Running:
     forbidden: bool = False  # one may be there, but we may not ask it
 
     @property
-    def serves(self) -> bool:
-        """Whether its blocks are loaded, so that their memory is taken already."""
-        return self.status is not None and self.status["state"] == "online"
+    def state(self) -> str | None:
+        """ "online", "joining", …; None without an agent to ask."""
+        return str(self.status["state"]) if self.status is not None else None
 
 
 class Host:
@@ -55,15 +54,22 @@ class Host:
             self.loaded = read_config(config_path, None, environ)
         except InvalidConfig as error:
             self.mistakes = error
-        self.account: Account = agent_account(self.file)
+        socket = self.loaded.config.control.socket if self.loaded is not None else None
+        self.account: Account = agent_account(self.file, socket)
         self._asked: dict[str, asyncio.Task[Any]] = {}
 
     @property
     def config(self) -> Config:
         """Raises Skip when it is not valid."""
         if self.loaded is None:
-            raise Skip("the configuration is not valid")
+            raise Skip("there is no valid configuration to go by")
         return self.loaded.config
+
+    @property
+    def as_root(self) -> str:
+        """The remedy where we have no permission to look."""
+        named = f" --config {self.file}" if self.file is not None else ""
+        return f"Look as root: sudo petals-agent doctor{named}"
 
     @property
     def unit(self) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from petals_agent.doctor.account import Account, owner_name
 from petals_agent.doctor.check import Result, Skip, ok, problem
-from petals_agent.doctor.host import SUDO, Host
+from petals_agent.doctor.host import Host
 from petals_agent.doctor.threads import in_thread
 from petals_agent.errors import SwarmError
 from petals_agent.swarm.identity import ensure_identity
@@ -24,7 +24,8 @@ async def check_identity(host: Host) -> Result:
         return ok(f"{path}, peer id {found or 'not readable by us'}")
     running = await host.running()
     if running.forbidden:
-        raise Skip(f"an agent uses {path}; whether it is the one of this configuration is not known", SUDO)
+        unknown = "whether it is the one of this configuration is not known"
+        raise Skip(f"an agent uses {path}; {unknown}", host.as_root)
     if running.status is None:
         return problem(
             f"an agent that does not answer here uses {path}",

@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 
 from petals_agent.config.values import parse_host_port
-from petals_agent.doctor.check import Result, Skip, ok, problem, warning, worst
-from petals_agent.doctor.host import SUDO, Host, Running
+from petals_agent.doctor.check import Outcome, Result, Skip, ok, problem, warning, worst
+from petals_agent.doctor.host import Host, Running
 from petals_agent.errors import DaemonError
 from petals_agent.p2p.daemon import check_ports
 
@@ -25,13 +25,15 @@ async def check_listen_ports(host: Host) -> Result:
     listen = [(maddr, _port(maddr)) for maddr in config.swarm.listen if "/tcp/" in maddr]
     if config.metrics.listen != "off":
         listen.append(_metrics(config.metrics.listen))
-    results = [port_result(maddr, port, running, host.account.uid) for maddr, port in listen if port]
+    results = [
+        port_result(maddr, port, running, host.account.uid, host.as_root) for maddr, port in listen if port
+    ]
     if not results:
         return ok("a random port; fix one in swarm.listen to open it in a firewall")
     return worst(results)
 
 
-def port_result(maddr: str, port: int, running: Running, uid: int) -> Result:
+def port_result(maddr: str, port: int, running: Running, uid: int, as_root: str) -> Result:
     """Look at one port by binding it for a moment."""
     if uid and port < _first_free_port():
         return problem(
@@ -45,7 +47,9 @@ def port_result(maddr: str, port: int, running: Running, uid: int) -> Result:
         if is_ours(port, holder, running.status):
             return ok(f"port {port} is held by our own agent")
         if running.forbidden:
-            raise Skip(f"port {port} is taken, whether by our own agent is not known", SUDO) from None
+            return Result(
+                Outcome.SKIPPED, f"port {port} is taken, whether by our own agent is not known", as_root
+            )
         by = f" (process {holder})" if holder else ""
         return problem(f"{error}{by}", f"See who has it: sudo ss -ltnp 'sport = :{port}'")
     return ok(f"port {port} is free")
@@ -130,7 +134,7 @@ async def check_reachability(host: Host) -> Result:
     if running.status is None:
         raise Skip(
             f"only peers can tell, and only a running agent can ask them: {running.why}",
-            SUDO if running.forbidden else "Start it and ask again: petals-agent status",
+            host.as_root if running.forbidden else "Start it and ask again: petals-agent status",
         )
     return judge_reachability(running.status["relayed"], swarm.relay)
 
@@ -175,7 +179,9 @@ def judge_addresses(maddrs: Sequence[str], source: str, public_swarm: bool) -> R
 
 def is_public(maddr: str) -> bool:
     """Whether everybody can dial it: a global IP address, or a name that is not local."""
-    _, family, address, *_ = [*maddr.split("/"), "", "", ""]
+    _, family, address, *rest = [*maddr.split("/"), "", "", ""]
+    if "p2p-circuit" in rest:  # a relay's address
+        return False
     if family in ("dns", "dns4", "dns6"):
         return "." in address.rstrip(".") and not address.rstrip(".").endswith(
             (".local", ".internal", ".lan")

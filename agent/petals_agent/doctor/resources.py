@@ -5,9 +5,10 @@ from __future__ import annotations
 import resource
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from petals_agent.doctor.check import Result, Skip, ok, problem, warning, worst
+from petals_agent.doctor.check import Outcome, Result, Skip, ok, problem, warning, worst
 from petals_agent.doctor.host import Host
 from petals_agent.doctor.threads import in_thread
 from petals_agent.errors import ModelError
@@ -21,9 +22,18 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 async def check_memory(host: Host) -> Result:
     """The blocks to serve fit, with their cache."""
-    if (await host.running()).serves:
+    running = await host.running()
+    if running.state == "online":
         return ok("the running agent has its blocks in memory")
-    return judge_memory(await host.fit())
+    if running.state is not None:
+        raise Skip(
+            f"the agent is {running.state}, which moves memory",
+            "Ask again when it is online: petals-agent status",
+        )
+    result = judge_memory(await host.fit())
+    if running.forbidden and result.outcome is not Outcome.OK:
+        raise Skip(f"{result.found}, unless an agent of ours has it already", host.as_root)
+    return result
 
 
 def judge_memory(fit: Fit) -> Result:
@@ -53,10 +63,10 @@ async def check_memory_limit(host: Host) -> Result:
     else:
         found = await in_thread(lambda: cgroup_limit(Path("/proc/self/cgroup"), _CGROUPS))
     limit, kills = found
-    try:
-        need: int | None = (await host.fit()).needed_bytes
-    except Skip:
-        need = None
+    need: int | None = None
+    with suppress(Skip):
+        fit = await host.fit()
+        need = fit.needed_bytes if fit.device == "cpu" else None
     return judge_limit(limit, kills, need, host.unit or "petals-agent")
 
 
@@ -98,10 +108,10 @@ async def check_disk(host: Host) -> Result:
     config = host.config
     results = [await in_thread(lambda: state_room(config.state_dir))]
     if config.model.folder is None:
-        folder, free = await in_thread(lambda: free_bytes(config.model.cache_dir))
+        folder, free, size = await in_thread(lambda: disk(config.model.cache_dir))
         budget = None if config.model.max_disk == "unlimited" else config.model.max_disk
         total, missing = await _download(host)
-        results.append(judge_cache(folder, free, budget, total, missing))
+        results.append(judge_cache(folder, free, size, budget, total, missing))
     return worst(results)
 
 
@@ -117,7 +127,7 @@ async def _download(host: Host) -> tuple[int, int] | tuple[None, None]:
 
 def state_room(folder: Path) -> Result:
     """The state folder takes little, but a full disk there is trouble."""
-    place, free = free_bytes(folder)
+    place, free, _ = disk(folder)
     if free < _STATE_BYTES:
         return problem(
             f"{_size(free)} are free in {place}", f"Make room; what takes it: du -xh {place} | sort -h"
@@ -126,9 +136,9 @@ def state_room(folder: Path) -> Result:
 
 
 def judge_cache(
-    folder: Path, free: int, budget: int | None, total: int | None, missing: int | None
+    folder: Path, free: int, size: int, budget: int | None, total: int | None, missing: int | None
 ) -> Result:
-    """Whether `missing` bytes more fit, where that is known; a pure function."""
+    """Whether `missing` bytes more fit into a disk of `size`, where that is known; a pure function."""
     space = f"Make room there or choose another model.cache_dir: df -h {folder}"
     if total is not None and budget is not None and total > budget:
         return problem(
@@ -139,16 +149,19 @@ def judge_cache(
         return problem(f"{_size(missing)} are to be downloaded, and {folder} has {_size(free)} free", space)
     if free < _STATE_BYTES:
         return problem(f"{_size(free)} are free in {folder}", space)
-    if budget is not None and missing and missing > free:
-        return warning(f"model.max_disk allows more than {folder} has free ({_size(free)})", space)
+    if budget is not None and budget > size:
+        return warning(
+            f"model.max_disk allows {_size(budget)}, and the disk of {folder} has {_size(size)} in all", space
+        )
     to_come = f", {_size(missing)} to be downloaded" if missing else ""
     return ok(f"{_size(free)} free for weights in {folder}{to_come}")
 
 
-def free_bytes(folder: Path) -> tuple[Path, int]:
-    """The nearest folder above that is there, and what its disk has free for us."""
+def disk(folder: Path) -> tuple[Path, int, int]:
+    """The nearest folder above that is there, what its disk has free for us, and its size in bytes."""
     place = next(part for part in (folder, *folder.parents) if part.exists())
-    return place, shutil.disk_usage(place).free
+    usage = shutil.disk_usage(place)
+    return place, usage.free, usage.total
 
 
 async def check_open_files(host: Host) -> Result:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import cast
 
 from petals_agent.doctor.check import Check, Checked, Result, Skip, problem, warning
-from petals_agent.doctor.host import SUDO, Host
+from petals_agent.doctor.host import Host
 from petals_agent.doctor.threads import in_thread
 
 
@@ -36,7 +36,7 @@ async def _run(check: Check, host: Host) -> Checked:
             "See what is stuck (state D waits for a disk or a driver): ps -eo pid,stat,wchan:30,args | grep ' D'",
         )
     except PermissionError as error:
-        result = Skip(f"no permission: {error.filename or error}", SUDO).result
+        result = Skip(f"no permission: {error.filename or error}", host.as_root).result
     except Exception as error:
         result = warning(
             f"the check itself failed: {error!r}",

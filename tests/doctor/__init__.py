@@ -1,0 +1,1 @@
+"""Tests of the checks, each on something real: files, ports, p2pds, shards."""
