@@ -46,7 +46,8 @@ def port_result(maddr: str, port: int, running: Running, uid: int, as_root: str)
         holder = holder_of(port)
         if is_ours(port, holder, running.status):
             return ok(f"port {port} is held by our own agent")
-        if running.forbidden:
+        unseen = running.status is not None and holder is None  # an agent of another user
+        if running.forbidden or unseen:
             return Result(
                 Outcome.SKIPPED, f"port {port} is taken, whether by our own agent is not known", as_root
             )
