@@ -20,6 +20,7 @@ from petals_agent.doctor.threads import in_thread
 from petals_agent.errors import ModelError, SwarmError
 from petals_agent.models.devices import TorchView, ask_torch
 from petals_agent.models.facts import ModelFacts
+from petals_agent.models.hub import hub_answers
 from petals_agent.models.memory import cpu_free, usable
 from petals_agent.models.plan import Fit, Room, Wishes, fit
 from petals_agent.models.source import ModelSource, open_model
@@ -110,6 +111,15 @@ class Host:
         """Its sizes, from the headers of all shards. Raises ModelError."""
         source = await self.model()
         return await self._once("facts", lambda: in_thread(lambda: source.facts))
+
+    async def online(self) -> bool:
+        """Whether the Hub answers for the model's repository. Raises CheckpointError when it says no."""
+        model = self.config.model
+
+        def look() -> bool:
+            return hub_answers(model.path, model.revision, self.token())
+
+        return await self._once("online", lambda: in_thread(look))
 
     async def fit(self) -> Fit:
         """What of the model fits on the configured device. Raises Skip when the model or the device is not there."""

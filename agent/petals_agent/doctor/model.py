@@ -10,7 +10,6 @@ from petals_agent.doctor.check import Result, Skip, ok, problem, warning
 from petals_agent.doctor.host import Host
 from petals_agent.doctor.threads import in_thread
 from petals_agent.errors import CheckpointError, ModelError, UnsupportedModel
-from petals_agent.models.hub import hub_answers
 from petals_agent.models.shard import read_header
 from petals_agent.models.source import ModelSource
 
@@ -35,7 +34,7 @@ async def check_model(host: Host) -> Result:
     if source.repo is None:
         return ok(what)
     try:
-        online = await in_thread(lambda: hub_answers(model.path, model.revision, host.token()))
+        online = await host.online()
     except CheckpointError as error:
         return problem(str(error), f"See what the Hub says to this token: petals-agent plan {model.path}")
     if online:

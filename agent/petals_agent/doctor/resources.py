@@ -118,6 +118,8 @@ async def check_disk(host: Host) -> Result:
 async def _download(host: Host) -> tuple[int, int] | tuple[None, None]:
     """Bytes of the span's files, and how many are not here; unknown without the Hub."""
     try:
+        if not await host.online():
+            return None, None
         source, fit = await host.model(), await host.fit()
         span = host.config.serve.span or (0, max(fit.blocks, 1))
         return await in_thread(lambda: source.download_size(source.block_tensors(*span)))
