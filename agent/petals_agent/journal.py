@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 SOCKET = "/run/systemd/journal/socket"
 MAX_BYTES = 128 * 1024  # of an entry; the kernel refuses datagrams beyond the socket's buffer
-_TIMEOUT_S = 1.0  # journald hangs: rather the old way than to wait with it
+_TIMEOUT_S = 0.25  # journald hangs: rather the old way than to wait with it
 
 
 def stderr_is_journal(environ: Mapping[str, str] = os.environ) -> bool:

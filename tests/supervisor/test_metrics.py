@@ -7,7 +7,7 @@ import socket
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,14 +81,11 @@ def scene(
     module_processes: Processes, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path
 ) -> Iterator[Scene]:
     maddr = start_bootstrap(module_processes)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    more = f'[metrics]\nlisten = "127.0.0.1:{port}"\n'
+    more = '[metrics]\nlisten = "127.0.0.1:0"\n'
     with Peer([maddr]) as peer:
         agent = start_live(module_processes, tmp_path_factory.mktemp("a"), tiny_llama, "0:8", [maddr], more)
-        agent.online()
-        yield Scene(agent, port, peer)
+        (said,) = [event for event in agent.online()["events"] if event["name"] == "metrics"]
+        yield Scene(agent, int(said["fields"]["address"].rpartition(":")[2]), peer)
 
 
 def documented() -> dict[str, tuple[str, set[str]]]:
@@ -221,7 +218,7 @@ def test_alert_rules_speak_of_metrics_that_are_there() -> None:
 
 
 def test_off_by_default_and_a_taken_port_is_waited_for(
-    processes: Processes, tmp_path: Path, tiny_llama: Path, free_port: Callable[[], int]
+    processes: Processes, tmp_path: Path, tiny_llama: Path
 ) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))

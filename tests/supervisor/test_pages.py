@@ -28,14 +28,9 @@ async def server() -> AsyncIterator[PageServer]:
     await server.stop()
 
 
-def port(server: PageServer) -> int:
-    assert server._server is not None
-    return int(server._server.sockets[0].getsockname()[1])
-
-
 async def exchange(server: PageServer, request: bytes, *, end: bool = False) -> bytes:
     """Everything that comes back until the server hangs up."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port(server))
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     try:
         writer.write(request)
         if end:
@@ -50,7 +45,7 @@ async def exchange(server: PageServer, request: bytes, *, end: bool = False) -> 
 
 async def test_a_page_as_a_client_reads_it(server: PageServer) -> None:
     def get() -> tuple[int, str | None, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", port(server), timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
         connection.request("GET", "/metrics?name=x", headers={"Accept-Encoding": "gzip"})
         answer = connection.getresponse()
         return answer.status, answer.getheader("Content-Type"), answer.read()
@@ -103,14 +98,14 @@ async def test_a_client_that_does_not_read(server: PageServer, monkeypatch: pyte
     server._pages["/big"] = lambda: Page(b"x" * 50_000_000)
     with socket.socket() as lazy:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        await asyncio.to_thread(lazy.connect, ("127.0.0.1", port(server)))
+        await asyncio.to_thread(lazy.connect, ("127.0.0.1", server.port))
         lazy.sendall(b"GET /big HTTP/1.1\r\n\r\n")
         await until(lambda: server._open, 10, "the connection")
         await until(lambda: not server._open, 10, "the end of patience")
 
 
 async def test_who_holds_connections_keeps_nobody_out(server: PageServer) -> None:
-    held = [await asyncio.open_connection("127.0.0.1", port(server)) for _ in range(3 * MAX_CONNECTIONS)]
+    held = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(3 * MAX_CONNECTIONS)]
     await until(lambda: len(server._open) >= MAX_CONNECTIONS, 10, "a full house")
     assert (await exchange(server, b"GET /metrics HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
     assert len(server._open) <= MAX_CONNECTIONS
@@ -120,7 +115,7 @@ async def test_who_holds_connections_keeps_nobody_out(server: PageServer) -> Non
 
 
 async def test_stop_ends_connections(server: PageServer) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port(server))
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     await until(lambda: server._open, 10, "the connection")
     await server.stop()
     with pytest.raises(ConnectionError):

@@ -40,6 +40,12 @@ class PageServer:
         """Listen; raises OSError when that address cannot be had."""
         self._server = await asyncio.start_server(self._serve, self._host, self._port, limit=MAX_REQUEST)
 
+    @property
+    def port(self) -> int:
+        """The one that is listened on, also where 0 was asked for."""
+        sockets = self._server.sockets if self._server is not None else ()
+        return int(sockets[0].getsockname()[1]) if sockets else self._port
+
     async def stop(self) -> None:
         """Close the port and all connections."""
         if self._server is None:

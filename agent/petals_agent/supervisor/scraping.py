@@ -55,7 +55,8 @@ class Scraping:
                 failed = True
                 await asyncio.sleep(_RETRY_S)
             else:
-                life.note("metrics", f"metrics at http://{listen}/metrics", address=listen)
+                address = f"{listen.rpartition(':')[0]}:{server.port}"
+                life.note("metrics", f"metrics at http://{address}/metrics", address=address)
                 return
 
     def _metrics(self) -> Page:
