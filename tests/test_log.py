@@ -178,6 +178,18 @@ log.info("third")
     assert [entry["MESSAGE"] for entry in journal.entries()] == ["first", "third"]
 
 
+def test_nothing_is_lost_when_nobody_reads_the_journal(journal: Journal) -> None:
+    program = """
+for number in range(16):
+    logging.getLogger("petals_agent.x").info("%d", number)
+"""
+    rest = lines("info", "auto", program, TEST_SOCKET=str(journal.path))
+    sent = [entry["MESSAGE"] for entry in journal.entries()]
+    assert [*sent, *(line.removeprefix("<6>petals_agent.x: ") for line in rest)] == [
+        str(number) for number in range(16)
+    ]
+
+
 def test_a_redirected_stderr_gets_plain_text(journal: Journal) -> None:
     found = lines("info", "auto", TEST_STREAM="8:1", TEST_SOCKET=str(journal.path))
     assert found[0].endswith(" INFO petals_agent.x: two") and journal.entries() == []
