@@ -77,10 +77,10 @@ async def test_silence(pair: Pair) -> None:
 
 
 async def test_log_level(pair: Pair) -> None:
-    pair[0].set_log_level("debug")
+    pair[0].tell(messages.SetLog(level="debug"))
     assert await pair[1].answer() == messages.SetLog(level="debug")
     with pytest.raises(ValueError, match="warning"):
-        pair[0].set_log_level("loud")
+        messages.SetLog.model_validate({"level": "loud"})
 
 
 async def test_answer_between_other_messages(pair: Pair) -> None:

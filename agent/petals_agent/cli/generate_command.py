@@ -68,6 +68,10 @@ def generate(
         revision = revision or settings.model.revision
         prefix = prefix or (None if settings.model.dht_prefix == "auto" else settings.model.dht_prefix)
         initial_peers = initial_peers or own_addresses(settings) + list(settings.swarm.entry_peers)
+    from petals_agent.cli.settings import addresses
+    from petals_agent.config.multiaddr import Purpose
+
+    addresses("--initial-peers", initial_peers, Purpose.DIAL)
     if not model or not initial_peers:
         raise ClientError(
             "which model, in which swarm? Give --model and --initial-peers, or an agent's --config"

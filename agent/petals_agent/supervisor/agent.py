@@ -46,6 +46,7 @@ from petals_agent.swarm.identity import IdentityLock, ensure_identity  # noqa: E
 
 log = logging.getLogger("petals_agent")
 
+_SAME_SIGNAL_S = 0.3
 _STOP_MARGIN_S = 20.0  # of a stop, beside the time for requests in flight
 
 
@@ -89,6 +90,7 @@ class Agent:
         self._lock = threading.Lock()  # guards what follows
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
+        self._signalled = 0.0
         self._shut_down_before = False
         self._ended = threading.Event()
 
@@ -133,9 +135,13 @@ class Agent:
         await self.serve()
 
     def _take_signal(self, number: int) -> None:
+        now = time.monotonic()
         if self._asked_to_stop.is_set():
+            if now - self._signalled < _SAME_SIGNAL_S:
+                return  # sent to us and to our process group
             log.warning("a second signal (%s): ending at once", signal.Signals(number).name)
             os._exit(1)  # children die with us
+        self._signalled = now
         self.stop(self.config.serve.drain_timeout)
 
     def _hang_up(self) -> None:
