@@ -126,8 +126,8 @@ class Host:
         serve, model = self.config.serve, self.config.model
         try:
             facts = await self.facts()
-        except ModelError as error:
-            raise Skip(f"the model cannot be opened: {error}") from None
+        except ModelError:
+            raise Skip('the model cannot be opened, as the check "model" says') from None
         device = "cuda:0" if serve.device == "cuda" else serve.device
         room = Room("cpu", "CPU", usable("cpu", cpu_free()))
         if device != "cpu":
