@@ -99,6 +99,11 @@ def test_every_event_is_in_the_catalog_and_no_other() -> None:
     assert sorted(code) == sorted(catalog)
 
 
+def test_there_is_one_way_to_tell_an_event() -> None:
+    found = [path.name for path in PACKAGE.rglob("*.py") if re.search(r"[\"']petals[\"']", path.read_text())]
+    assert found == ["log.py"]
+
+
 def test_levels() -> None:
     code, catalog = in_code(), in_catalog()
     assert {name: one.levels for name, one in code.items()} == {

@@ -16,15 +16,15 @@ def post_stop(
     """Withdraw from the swarm what a dead agent left there; does nothing after a clean stop."""
     from petals_agent.cli.settings import configured
     from petals_agent.errors import AgentError
-    from petals_agent.log import setup
+    from petals_agent.log import event, setup
     from petals_agent.supervisor.post_stop import clean_up
 
     settings = configured(config, None, require_model=False)
-    setup(settings.log.level, settings.log.format)
+    setup(settings.log.level, settings.log.format, "post-stop")
     log = logging.getLogger("petals_agent.post_stop")
     try:
         if asyncio.run(clean_up(settings.state_dir)):
-            extra = {"petals": {"event": "post_stop", "state": "offline"}}
-            log.warning("the agent did not end by itself; OFFLINE was announced in its name", extra=extra)
+            text = "the agent did not end by itself; OFFLINE was announced in its name"
+            log.warning(text, extra=event("post_stop", announced="offline"))
     except AgentError as error:
-        log.warning("%s; they expire by themselves", error, extra={"petals": {"event": "post_stop"}})
+        log.warning("%s; they expire by themselves", error, extra=event("post_stop", reason=str(error)))
