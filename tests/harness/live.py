@@ -125,15 +125,21 @@ def start_live(
     more: str = "",
     *,
     grace: float = 20,
+    env: Mapping[str, str] | None = None,
 ) -> LiveAgent:
     """Write its configuration into `folder` and start it."""
-    return start_again(processes, write_config(folder, model, blocks, peers, more), grace=grace)
+    return start_again(processes, write_config(folder, model, blocks, peers, more), grace=grace, env=env)
 
 
-def start_again(processes: Processes, config: Path, *, grace: float = 20) -> LiveAgent:
-    """Start the agent that is configured in `config`."""
+def start_again(
+    processes: Processes, config: Path, *, grace: float = 20, env: Mapping[str, str] | None = None
+) -> LiveAgent:
+    """Start the agent that is configured in `config`, with `env` on top of ours."""
     process = processes.start(
-        config.parent.name, [*PETALS_AGENT, "run", "--config", config], env=ONE_THREAD, grace=grace
+        config.parent.name,
+        [*PETALS_AGENT, "run", "--config", config],
+        env={**ONE_THREAD, **(env or {})},
+        grace=grace,
     )
     return LiveAgent(process, config)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness.processes import wait_until
-from health.systemd import Systemd, own_environment
+from harness.systemd import Systemd, own_environment
 from petals_agent.supervisor.notify import Notifier
 
 Make = Callable[[Mapping[str, str]], Notifier]

@@ -1,0 +1,66 @@
+"""Container and p2pd are killed, stopped, hung and spoilt: noticed, withdrawn, repaired, and nothing else is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.hurt import FAULTS, Fault, Victim, measure, online, start_victim
+from harness.peer import Peer
+from harness.processes import Processes
+from harness.swarm import start_bootstrap
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def swarm(module_processes: Processes) -> Iterator[tuple[str, Peer]]:
+    """An entry node's address, and a peer that looks on."""
+    maddr = start_bootstrap(module_processes)
+    with Peer([maddr]) as peer:
+        yield maddr, peer
+
+
+@pytest.fixture(scope="module")
+def sturdy(
+    swarm: tuple[str, Peer],
+    module_processes: Processes,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Path,
+) -> Victim:
+    """One agent for all faults that take no step of the ladder: they cannot add up to an illness."""
+    return online(start_victim(module_processes, tmp_path_factory.mktemp("s") / "a", tiny_llama, *swarm))
+
+
+def check(victim: Victim, fault: Fault) -> None:
+    """Do it, and see that all is as before."""
+    before = victim.agent.online()
+    outcome = measure(victim, fault)
+    print(outcome.text)
+    assert set(outcome.steps) <= fault.steps, outcome
+    assert fault.vain or not outcome.vain, outcome
+    status = victim.agent.online()
+    assert (status["peer_id"], status["maddrs"]) == (before["peer_id"], before["maddrs"])
+    assert len(victim.agent.family()) == 4, victim.agent.family()  # agent, container, two p2pd
+    sockets = sorted(place.name for place in victim.agent.socket.parent.iterdir())
+    assert len(sockets) == 4, sockets  # control, streams, two of p2pd
+    if "container" in fault.name:
+        assert outcome.withdrawn is not None, outcome
+
+
+def names(fault: Fault) -> str:
+    return fault.name.replace(" ", "-")
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if not fault.steps], ids=names)
+def test_what_is_replaced_without_a_step(fault: Fault, sturdy: Victim) -> None:
+    check(online(sturdy), fault)
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.steps], ids=names)
+def test_what_takes_a_step(
+    fault: Fault, swarm: tuple[str, Peer], processes: Processes, tmp_path: Path, tiny_llama: Path
+) -> None:
+    check(online(start_victim(processes, tmp_path / "a", tiny_llama, *swarm)), fault)

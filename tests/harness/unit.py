@@ -1,0 +1,113 @@
+"""Does for an agent what systemd does for the unit: hears it, kills it when its pings stop, cleans up, starts it again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from harness.live import LiveAgent, start_again
+from harness.processes import Processes, wait_until
+from harness.swarm import PETALS_AGENT
+from harness.systemd import Systemd
+
+RESTART_S = 1.0  # RestartSec of petals-agent.service
+ABORT_S = 15.0  # TimeoutAbortSec
+POST_STOP_S = 30.0
+NOT_AGAIN = (0, 78)
+
+
+@dataclass(frozen=True)
+class End:
+    """Of one life: monotonic seconds, and what it ended with."""
+
+    at: float
+    status: int
+    watchdog: bool  # we ended it, for want of pings
+    post_stop: int  # exit status
+    cleaned_at: float
+
+
+@dataclass
+class Unit:
+    """`agent` is the present one; `ends` tells of those before."""
+
+    processes: Processes
+    config: Path
+    watchdog_s: float
+    env: Mapping[str, str] = field(default_factory=dict)
+    restart: bool = True
+    ends: list[End] = field(default_factory=list)
+
+    def __enter__(self) -> Unit:
+        self.systemd = Systemd(str(self.config.parent / "notify"))
+        self._over = threading.Event()
+        self.agent = self._start()
+        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(60)
+        self.systemd.close()
+
+    def _start(self) -> LiveAgent:
+        # without WATCHDOG_PID: the process is not known before it runs
+        env = {**self.env, **self.systemd.environment(None, self.watchdog_s)}
+        self.started = time.monotonic()
+        return start_again(self.processes, self.config, env=env)
+
+    def _live(self) -> None:
+        while not self._over.is_set():
+            family = self.agent.family()
+            if self.agent.process.returncode is None and not self._overdue:
+                time.sleep(0.05)
+                continue
+            watchdog = self.agent.process.returncode is None
+            if watchdog:
+                os.kill(self.agent.process.pid, signal.SIGABRT)
+                os.kill(self.agent.process.pid, signal.SIGCONT)  # as systemd does
+            self.agent.process.wait(ABORT_S)
+            self._end(family, watchdog)
+            if not self.restart or self.ends[-1].status in NOT_AGAIN or self._over.wait(RESTART_S):
+                return
+            self.agent = self._start()
+
+    @property
+    def _overdue(self) -> bool:
+        """The watchdog counts from READY on."""
+        said = [(at, text) for at, text in self.systemd.messages if at > self.started]
+        if any("WATCHDOG=trigger" in text for _, text in said):
+            return True
+        beats = [at for at, text in said if "READY=1" in text or text == "WATCHDOG=1"]
+        ready = any("READY=1" in text for _, text in said)
+        return ready and time.monotonic() - beats[-1] > self.watchdog_s
+
+    def _end(self, family: list[psutil.Process], watchdog: bool) -> None:
+        ended = time.monotonic()
+        for process in family:  # KillMode=mixed: what is left in the unit is killed
+            if process.is_running():
+                process.kill()
+        command = [*PETALS_AGENT, "post-stop", "--config", str(self.config)]
+        done = subprocess.run(command, capture_output=True, timeout=POST_STOP_S, stdin=subprocess.DEVNULL)
+        status = self.agent.process.wait(1)
+        self.ends.append(End(ended, status, watchdog, done.returncode, time.monotonic()))
+
+    def wait_end(self, count: int, timeout: float) -> End:
+        """Wait until it has ended so often, and was cleaned up after."""
+        wait_until(lambda: len(self.ends) >= count, timeout, f"end {count} of {self.config.parent.name}")
+        return self.ends[count - 1]
+
+    def wait_start(self, count: int, timeout: float) -> LiveAgent:
+        """Wait until it was started again after end `count`."""
+        end = self.wait_end(count, timeout)
+        wait_until(lambda: self.started > end.at, timeout, "another start")
+        return self.agent
