@@ -25,7 +25,7 @@ mkdir "$stage"
 cp -r packaging/debian "$stage/debian"
 mkdir "$stage/packaging"
 cp packaging/man_pages.py "$stage/packaging/"
-cp -r systemd petals-agent.toml CHANGELOG.md "$stage/"
+cp -r systemd petals-agent.toml "$stage/"
 (cd "$stage" && dpkg-checkbuilddeps)
 [ "$kind" = cpu ] || sed -i '1s/)/+cuda)/' "$stage/debian/changelog"
 

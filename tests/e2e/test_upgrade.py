@@ -1,0 +1,81 @@
+"""What an upgrade keeps, and that a purge keeps nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.cache import scratch
+from e2e.machine import Machine
+from e2e.swarm import AGENT, APP, CONFIG, Swarm
+from e2e.trees import Trees
+from harness.processes import Processes
+
+
+@pytest.fixture(scope="module")
+def newer(trees: Trees) -> Iterator[Path]:
+    """The same package with a higher version and another default configuration."""
+    folder = scratch()
+    tree = folder / "tree"
+    subprocess.run(["dpkg-deb", "-R", trees.package, tree], check=True, timeout=120)
+    control = tree / "DEBIAN" / "control"
+    control.write_text(re.sub(r"(?m)^Version: (\S+)$", r"Version: \1+next", control.read_text()))
+    default = tree / CONFIG.lstrip("/")
+    default.write_text(default.read_text() + "# a newer comment\n")
+    command = ["dpkg-deb", "-Zzstd", "-z1", "--root-owner-group", "-b", tree, folder]
+    subprocess.run(command, check=True, timeout=240, capture_output=True)
+    shutil.rmtree(tree)
+    yield next(folder.glob("*.deb"))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def machine(trees: Trees, newer: Path, processes: Processes) -> Iterator[Machine]:
+    """With the newer package at hand."""
+    folder = scratch()
+    options = [f"--bind-ro={newer.parent}:/deb"]
+    yield Machine(processes, [trees.installed, trees.base], folder / "m1", options=options)
+    processes.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_upgrade_keeps_what_was_changed_and_restarts_what_runs(swarm: Swarm, newer: Path) -> None:
+    machine = swarm.machine
+    before = machine.path(CONFIG).read_text()
+    swarm.start()
+    peer_id, pid = swarm.status()["peer_id"], machine.show(AGENT, "MainPID")["MainPID"]
+
+    quick = ["-o", "Dpkg::Options::=--force-unsafe-io", "-o", "Dpkg::Options::=--force-confold"]
+    machine.run("apt-get", "install", "-y", *quick, f"/deb/{newer.name}", timeout=300)
+
+    machine.wait_for(AGENT, ActiveState="active", SubState="running", Result="success", NRestarts="0")
+    assert machine.show(AGENT, "MainPID")["MainPID"] != pid
+    assert swarm.status()["peer_id"] == peer_id and swarm.status()["state"] == "online"
+    assert machine.path(CONFIG).read_text() == before
+    assert "a newer comment" in machine.path(CONFIG + ".dpkg-dist").read_text()
+    assert machine.run("stat", "-c", "%a %U:%G", CONFIG).stdout.strip() == "640 root:petals-agent"
+    events = [str(entry["MESSAGE"]) for entry in machine.journal("-u", AGENT)]
+    assert any("upgrade of the package" in text for text in events), events
+    assert swarm.generate("Once upon a time", 4)["tokens"]
+
+    machine.run("apt-get", "purge", "-y", "petals-agent", timeout=300)
+    assert machine.processes_of("petals-agent") == []
+    machine.run("rm", "-r", "/etc/systemd/system/petals-agent-bootstrap.service.d")  # the test's own
+    left = machine.run("find", "/", "-xdev", "-name", "*petals*").stdout.split()
+    assert left == []
+    failed = machine.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "*petals*").stdout
+    assert failed == ""
+    assert machine.run("getent", "passwd", "petals-agent").returncode == 0
+    assert not machine.path(APP).exists()
+
+
+def test_installed_again_and_configured_again(machine: Machine, newer: Path) -> None:
+    """Each script may run twice."""
+    machine.run("dpkg-reconfigure", "petals-agent")
+    machine.run("dpkg", "--configure", "--pending")
+    assert machine.show(AGENT, "ActiveState")["ActiveState"] == "inactive"

@@ -1,0 +1,134 @@
+"""The file trees that machines boot from: Debian 12, and on top of it the package, built from this checkout and installed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from e2e.cache import cached, scratch
+from e2e.host import SUITE, Mirror
+from e2e.lintian import Lintian
+from e2e.machine import Machine
+from harness.processes import Processes
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE_PACKAGES = (
+    "bash-completion",
+    "ca-certificates",
+    "dbus",
+    "libstdc++6",
+    "procps",
+    "python3",
+    "systemd-sysv",
+)
+# what the package is made of
+SOURCES = ("agent", "systemd", "packaging/debian", "packaging/lock-cpu.txt", "packaging/build_deb.sh")
+SOURCES += ("packaging/make_wheels.py", "packaging/man_pages.py", "petals-agent.toml", "pyproject.toml")
+SOURCES += ("README.md", "LICENSE", "Makefile")
+BUILD_S = 900.0
+INSTALL_LOG = "root/install.log"
+
+
+@dataclass(frozen=True)
+class Trees:
+    """`base` is Debian, `installed` what the installation of `package` added to it; `lintian` is looking at it."""
+
+    base: Path
+    package: Path
+    installed: Path
+    lintian: Lintian
+
+
+def make_trees(mirror: Mirror, processes: Processes) -> Trees:
+    """Make what is not in the cache, side by side; what goes on after that ends with `processes`."""
+    with ThreadPoolExecutor(2) as pool:
+        debian = pool.submit(_base, mirror)
+        package = pool.submit(_package).result()
+        base = debian.result()
+    lintian = Lintian(digest([ROOT / name for name in SOURCES if name.startswith(("packaging", "systemd"))]))
+    lintian.start(processes, package)
+    key = f"{base.name.split('-', 1)[1]}-{package.parent.name.split('-', 1)[1]}"
+    installed = cached("installed", key, lambda fresh: _install(processes, base, package, fresh))
+    return Trees(base, package, installed, lintian)
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """Of names, modes and contents of files."""
+    total = hashlib.sha256()
+    for path in paths:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if file.is_file() and "__pycache__" not in file.parts and ".egg-info" not in str(file):
+                total.update(f"{file.relative_to(ROOT)} {os.access(file, os.X_OK)}\0".encode())
+                total.update(file.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def run(command: Sequence[str | Path], timeout: float, **more: object) -> None:
+    """Run to its end; a failure shows its output."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        **more,  # type: ignore[call-overload]
+    )
+    assert done.returncode == 0, (
+        f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stdout[-5000:]}"
+    )
+
+
+def _base(mirror: Mirror) -> Path:
+    """Debian as debootstrap makes it; anew each month."""
+
+    def make(folder: Path) -> None:
+        keyring = ["--keyring", mirror.keyring] if mirror.keyring.startswith("/") else []
+        include = f"--include={','.join(BASE_PACKAGES)}"
+        run(["debootstrap", "--variant=minbase", include, *keyring, SUITE, folder, mirror.uri], BUILD_S)
+        for name in ("etc/resolv.conf", "etc/hostname"):  # debootstrap copies this host's
+            (folder / name).unlink(missing_ok=True)
+        for archive in (folder / "var/cache/apt/archives").glob("*.deb"):
+            archive.unlink()
+
+    key = hashlib.sha256(" ".join(BASE_PACKAGES).encode()).hexdigest()[:8]
+    return cached("base", f"{SUITE}-{time.strftime('%Y%m')}-{key}", make)
+
+
+def _package() -> Path:
+    """The .deb, as `make deb` builds it; its wheels are kept for the next time."""
+    lock = hashlib.sha256((ROOT / "packaging/lock-cpu.txt").read_bytes()).hexdigest()[:16]
+
+    def make_wheels(folder: Path) -> None:
+        run(
+            ["/usr/bin/python3.11", ROOT / "packaging/make_wheels.py", "fill", "cpu", folder / "cpu"], BUILD_S
+        )
+
+    def make_package(folder: Path) -> None:
+        wheels = cached("wheels", lock, make_wheels) / "cpu"
+        settings = {"WHEELS": str(wheels), "DIST": str(folder), "TORCH": "cpu", "DEBCOMP": "-Zzstd -z3"}
+        run(["make", "-C", ROOT, "deb"], BUILD_S, env={**os.environ, **settings})
+
+    folder = cached("package", digest([ROOT / name for name in SOURCES]), make_package)
+    return next(folder.glob("petals-agent_*.deb"))
+
+
+def _install(processes: Processes, base: Path, package: Path, fresh: Path) -> None:
+    """What a person types, without network; what it printed is kept in the tree."""
+    folder = scratch() / "install"
+    machine = Machine(processes, [base], folder, options=[f"--bind-ro={package.parent}:/deb"])
+    command = ["apt-get", "install", "-y", "-o", "Dpkg::Options::=--force-unsafe-io", f"/deb/{package.name}"]
+    done = machine.run(*command, timeout=600)
+    machine.path(INSTALL_LOG).write_text(done.stdout + done.stderr)
+    machine.power_off()
+    fresh.rmdir()
+    (folder / "upper").rename(fresh)
+    shutil.rmtree(folder.parent, ignore_errors=True)
