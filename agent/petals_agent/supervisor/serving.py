@@ -148,7 +148,7 @@ class Serving:
         container = self.container
         if container is None:
             return
-        if self.attached and container.alive:
+        if self.loaded is not None and container.alive:
             await self._drain(container, timeout)
             await container.stop(grace=2.0)
         else:
