@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files instead of the Bible")
     add("--out", type=Path, default=DEFAULT_OUT, help="folder to write (default: the package's)")
-    add("--steps", type=int, default=1329, help="optimizer steps of 2048 tokens (%(default)s)")
+    add("--steps", type=int, default=4000, help="optimizer steps of 2048 tokens (%(default)s)")
     add("--rate", type=float, default=3e-3, help="peak learning rate (%(default)s)")
     add("--vocabulary", type=int, default=1024, help="tokens in the vocabulary (%(default)s)")
     add("--held-out", type=float, default=0.02, help="share of the chapters not trained on (%(default)s)")
