@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import time
+from dataclasses import replace
 from typing import NoReturn
 
 from petals_agent import __version__
@@ -13,6 +14,8 @@ from petals_agent.config.schema import Config
 from petals_agent.errors import SwarmError
 from petals_agent.supervisor.marker import LeftBehind, Marker
 from petals_agent.supervisor.network import Connection, Network
+from petals_agent.supervisor.post_stop import TIMEOUT_S as WITHDRAW_TIMEOUT_S
+from petals_agent.supervisor.post_stop import withdraw
 from petals_agent.supervisor.reachability import Reachability
 from petals_agent.supervisor.serving import Serving
 from petals_agent.supervisor.states import Life
@@ -27,6 +30,7 @@ log = logging.getLogger("petals_agent.announcing")
 
 STORE_TIMEOUT_S = 10.0
 OFFLINE_TIMEOUT_S = 2.0
+_CUT_OFF_S = 5.0
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0)
 
 
@@ -45,6 +49,8 @@ class Announcing:
         self._pings = PingBook()
         self._rng = random.Random()
         self._first_said = asyncio.Event()
+        self._over = False
+        self._left: LeftBehind | None = None
         self.announced: Announced | None = None
 
     def take(self, config: Config) -> None:
@@ -54,10 +60,11 @@ class Announcing:
 
     async def run(self) -> None:
         """Keep our record in the DHT true, and what it says of our neighbours fresh."""
-        await first(self._keep_record(), self._keep_neighbours())
+        await first(self._keep_record(), self._keep_neighbours(), self._withdraw_when_cut_off())
 
     async def say_offline(self) -> None:
-        """The last record, if there was another one; takes at most 2 s."""
+        """The last record, if there was another one; takes at most 2 s. None follows it."""
+        self._over = True
         if self.announced is None:
             return
         if self.announced.state is ServerState.OFFLINE:
@@ -96,7 +103,7 @@ class Announcing:
             connection = await self._network.connected()
             changed.clear()
             due = time.monotonic() + period
-            if self._serving.span is None:
+            if self._serving.span is None or self._over:
                 continue
             try:
                 storing = self._announce(connection, self._serving.state, min(period, STORE_TIMEOUT_S))
@@ -121,7 +128,10 @@ class Announcing:
         assert model is not None and span is not None
         before = self.announced
         if state is not ServerState.OFFLINE:
-            await asyncio.to_thread(self._marker.write, self._left_behind(connection, model.dht_prefix, span))
+            self._left = self._left_behind(connection, model.dht_prefix, span)
+            await asyncio.to_thread(self._marker.write, self._left)
+            if self._over:  # OFFLINE is on its way meanwhile
+                return
         self.announced = await announce(
             connection.node,
             connection.daemon.peer_id,
@@ -160,6 +170,29 @@ class Announcing:
             cache_tokens_left=self._serving.cache_units_left,
             next_pings=self._pings.as_dict() if state is not ServerState.OFFLINE else None,
         )
+
+    async def _withdraw_when_cut_off(self) -> NoReturn:
+        """While p2pd cannot be started again (its port is taken), the record of it is not true; another p2pd says so."""
+        while True:
+            connection = await self._network.connected()
+            await connection.lost.wait()
+            try:
+                async with asyncio.timeout(_CUT_OFF_S):
+                    await self._network.connected()
+            except TimeoutError:
+                await first(self._withdraw(), self._network.connected())
+
+    async def _withdraw(self) -> None:
+        left, said = self._left, self.announced
+        if left is None or said is None or not left.peers:
+            return
+        try:
+            async with asyncio.timeout(WITHDRAW_TIMEOUT_S):
+                await withdraw(left)
+            self.announced = replace(said, state=ServerState.OFFLINE)
+            self._life.warn("announce", "OFFLINE was announced from elsewhere, since p2pd does not come back")
+        except (SwarmError, TimeoutError) as error:
+            self._life.warn("announce", f"our record is not withdrawn: {error or 'no peer took it in time'}")
 
     async def _keep_neighbours(self) -> NoReturn:
         """Each period: the registry's entry, pings to following servers (told at once when new), peers to remember."""

@@ -34,6 +34,7 @@ class Marker:
     def __init__(self, folder: Path) -> None:
         self._file = folder / _NAME
         self._written: LeftBehind | None = None
+        self._failing = False
 
     def write(self, left: LeftBehind) -> None:
         """Note it; a full disk is no reason not to serve."""
@@ -43,9 +44,11 @@ class Marker:
         try:
             temporary.write_text(json.dumps(asdict(left)))
             temporary.replace(self._file)
-            self._written = left
+            self._written, self._failing = left, False
         except OSError as error:
-            log.warning("%s cannot be written: %s", self._file, error.strerror)
+            if not self._failing:
+                log.warning("%s cannot be written: %s", self._file, error.strerror)
+            self._failing = True
 
     def remove(self) -> None:
         """Nothing is left behind."""

@@ -38,7 +38,7 @@ async def clean_up(state_dir: Path) -> bool:
     if left.peers:  # the only host of a swarm leaves nothing anywhere else
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                await _withdraw(left)
+                await withdraw(left)
         except TimeoutError:
             raise SwarmError(
                 f"the records of blocks {left.start}:{left.end} were not withdrawn in time"
@@ -47,7 +47,8 @@ async def clean_up(state_dir: Path) -> bool:
     return True
 
 
-async def _withdraw(left: LeftBehind) -> None:
+async def withdraw(left: LeftBehind) -> None:
+    """Announce OFFLINE for `left` from a p2pd of its own. Bound it by asyncio.timeout; raises SwarmError."""
     from hivemind.dht.node import DHTNode
     from hivemind.p2p import P2P
     from hivemind.utils.multiaddr import Multiaddr
