@@ -48,7 +48,7 @@ def say_everything(notifier: Notifier) -> None:
     notifier.ping()
     notifier.reloading()
     notifier.reloaded()
-    notifier.failing(5)
+    notifier.failing("no disk", 5)
     notifier.stopping()
     notifier.extend_stop(2.5)
 
@@ -63,13 +63,14 @@ def test_everything_is_said_in_order(systemd: Systemd, make: Make) -> None:
     assert notifier.watchdog_s == 30.0
     say_everything(notifier)
     assert notifier.trigger()
-    assert heard(systemd, 10) == [
+    assert heard(systemd, 11) == [
         "STATUS=joining: loading",
         "EXTEND_TIMEOUT_USEC=30000000",
         f"READY=1\nMAINPID={os.getpid()}",
         "WATCHDOG=1",
         "RELOADING=1",
         "READY=1",
+        "STATUS=no disk",
         "ERRNO=5",
         "STOPPING=1",
         "EXTEND_TIMEOUT_USEC=2500000",

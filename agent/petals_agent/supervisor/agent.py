@@ -161,6 +161,8 @@ class Agent:
             await self._serve()
         except AgentError as error:
             log.error("%s", error, extra=event("failed", code=error.code, exit_code=error.exit_code))
+            cause = error.__cause__
+            self.notifier.failing(str(error), cause.errno if isinstance(cause, OSError) else None)
             raise
         finally:
             with self._lock:

@@ -90,9 +90,12 @@ class Care:
 
     async def run(self) -> NoReturn:
         """Until cancelled; raises AgentError when repairs are exhausted and nobody but a new process can help."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.probing.run(), name="probes")
-            await self._watch(group)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.probing.run(), name="probes")
+                await self._watch(group)
+        except* AgentError as errors:
+            raise errors.exceptions[0] from None
         raise AssertionError("never ends by itself")
 
     async def _watch(self, group: asyncio.TaskGroup) -> NoReturn:

@@ -76,9 +76,11 @@ class Notifier:
     def stopping(self) -> None:
         self._send("STOPPING=1")
 
-    def failing(self, errno: int) -> None:
-        """With which errno.h number we are about to end."""
-        self._send(f"ERRNO={errno}")
+    def failing(self, why: str, errno: int | None) -> None:
+        """We are about to end with an error; `errno` is that of errno.h where it came from the kernel."""
+        self.status(why)
+        if errno is not None:
+            self._send(f"ERRNO={errno}")
 
     def _send(self, text: str) -> None:
         if self._notifier is not None:
