@@ -16,7 +16,7 @@ from petals_agent.p2p import light
 light.install(without_torch=True)
 
 from petals_agent.p2p import control  # noqa: E402
-from petals_agent.p2p.daemon import Daemon, DaemonOptions  # noqa: E402
+from petals_agent.p2p.daemon import Daemon, for_calls  # noqa: E402
 
 if TYPE_CHECKING:
     from hivemind.p2p import P2P
@@ -50,15 +50,7 @@ async def ask_peers(maddrs: Sequence[str]) -> list[Answer]:
     from petals_agent.p2p.attachment import close
 
     with tempfile.TemporaryDirectory(prefix="petals-agent-") as folder:
-        options = DaemonOptions(
-            listen=(),
-            client=True,
-            auto_nat=False,
-            nat_port_map=False,
-            startup_timeout=START_TIMEOUT_S,
-            socket_dir=Path(folder),
-        )
-        daemon = await Daemon.start(options)
+        daemon = await Daemon.start(for_calls(Path(folder), startup_timeout=START_TIMEOUT_S))
         try:
             p2p = await P2P.replicate(Multiaddr(daemon.maddr))
             try:

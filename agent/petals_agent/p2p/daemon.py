@@ -49,6 +49,22 @@ class DaemonOptions:
     socket_dir: Path = field(default_factory=lambda: Path("/tmp"))
 
 
+def for_calls(
+    socket_dir: Path, initial_peers: Sequence[str] = (), *, startup_timeout: float, use_relay: bool = True
+) -> DaemonOptions:
+    """Of a p2pd that only calls others: a new identity, nothing to dial, no records kept for others."""
+    return DaemonOptions(
+        initial_peers=initial_peers,
+        listen=(),
+        client=True,
+        use_relay=use_relay,
+        auto_nat=False,
+        nat_port_map=False,
+        startup_timeout=startup_timeout,
+        socket_dir=socket_dir,
+    )
+
+
 def binary() -> Path:
     """The p2pd that the hivemind wheel brings."""
     spec = importlib.util.find_spec("hivemind.hivemind_cli")

@@ -15,7 +15,7 @@ from petals_agent.supervisor.marker import LeftBehind, Marker
 light.install(without_torch=True)
 
 from petals_agent.p2p.attachment import close  # noqa: E402
-from petals_agent.p2p.daemon import Daemon, DaemonOptions  # noqa: E402
+from petals_agent.p2p.daemon import Daemon, for_calls  # noqa: E402
 from petals_agent.swarm.announcer import announce  # noqa: E402
 from petals_agent.swarm.records import ServerInfo, ServerState  # noqa: E402
 
@@ -54,15 +54,7 @@ async def withdraw(left: LeftBehind) -> None:
     from hivemind.utils.multiaddr import Multiaddr
 
     with tempfile.TemporaryDirectory(prefix="petals-agent-") as folder:
-        options = DaemonOptions(
-            initial_peers=left.peers,
-            listen=(),
-            client=True,
-            auto_nat=False,
-            nat_port_map=False,
-            startup_timeout=_START_TIMEOUT_S,
-            socket_dir=Path(folder),
-        )
+        options = for_calls(Path(folder), left.peers, startup_timeout=_START_TIMEOUT_S)
         daemon = await Daemon.start(options)
         try:
             p2p = await P2P.replicate(Multiaddr(daemon.maddr))

@@ -14,7 +14,7 @@ import msgpack
 
 from petals_agent.errors import DaemonError, SwarmError
 from petals_agent.p2p import light
-from petals_agent.p2p.daemon import Daemon, DaemonOptions
+from petals_agent.p2p.daemon import Daemon, for_calls
 
 light.install(without_torch=True)
 
@@ -63,15 +63,7 @@ class Caller:
             if self._daemon is not None and self._daemon.process.returncode is None:
                 return
             await self._drop()
-            options = DaemonOptions(
-                listen=(),
-                client=True,
-                use_relay=False,
-                auto_nat=False,
-                nat_port_map=False,
-                startup_timeout=_START_TIMEOUT_S,
-                socket_dir=self._socket_dir,
-            )
+            options = for_calls(self._socket_dir, startup_timeout=_START_TIMEOUT_S, use_relay=False)
             self._daemon = await Daemon.start(options)
             self._p2p = await P2P.replicate(Multiaddr(self._daemon.maddr))
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from petals_agent.errors import SwarmError
 from petals_agent.p2p import light
-from petals_agent.p2p.daemon import Daemon, DaemonOptions
+from petals_agent.p2p.daemon import Daemon, for_calls
 
 light.install(without_torch=True)
 
@@ -92,16 +92,8 @@ class ReachabilityProtocol(ServicerBase):  # the name is the wire's
         async with self._lock:
             self._probe_used = time.monotonic()
             if self._probe is None or self._probe[0].process.returncode is not None:
-                options = DaemonOptions(
-                    initial_peers=tuple(self._peers()),
-                    listen=(),
-                    client=True,
-                    use_relay=False,
-                    auto_nat=False,
-                    nat_port_map=False,
-                    startup_timeout=WAIT_S,
-                    socket_dir=self._socket_dir,
-                )
+                peers = tuple(self._peers())
+                options = for_calls(self._socket_dir, peers, startup_timeout=WAIT_S, use_relay=False)
                 daemon = await Daemon.start(options)
                 self._probe = (daemon, await P2P.replicate(Multiaddr(daemon.maddr)))
             return self._probe[1]
