@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from petals_agent.log import event
+from petals_agent.redact import redact
 from petals_agent.supervisor.decisions import Decisions
 
 
@@ -61,7 +62,13 @@ class Life:
         if state not in ALLOWED[self.state]:
             raise ValueError(f"{self.state.value} → {state.value} is no transition ({why})")
         took = round(time.time() - self.since, 3)
-        fields = {"state": state.value, "before": self.state.value, "duration_s": took, "reason": why, **fields}
+        fields = {
+            "state": state.value,
+            "before": self.state.value,
+            "duration_s": took,
+            "reason": why,
+            **fields,
+        }
         self.note("state", f"{self.state.value} → {state.value}: {why}", **fields)
         self.state, self.since = state, time.time()
 
@@ -79,7 +86,7 @@ class Life:
             self.decisions.record(kind, what, why, **facts)
 
     def _tell(self, level: int, name: str, text: str, fields: Mapping[str, Any]) -> None:
-        self.events.append(Event(time.time(), name, text, fields))
+        self.events.append(Event(time.time(), name, redact(text), fields))
         extra = event(name, **{"state": self.state.value, **fields})
         # named as the place that told us
         logging.getLogger(f"petals_agent.{name}").log(level, "%s", text, extra=extra, stacklevel=3)
