@@ -30,7 +30,7 @@ log = logging.getLogger("petals_agent.announcing")
 
 STORE_TIMEOUT_S = 10.0
 OFFLINE_TIMEOUT_S = 2.0
-_CUT_OFF_S = 5.0
+_CUT_OFF_S = 3.0
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0)
 
 
