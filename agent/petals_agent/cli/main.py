@@ -83,11 +83,11 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until Ctrl-C.")] = False,
 ) -> None:
     """What the running agent does: state, blocks, sessions, cache, tokens/s, last events."""
-    from petals_agent.cli.settings import configured
+    from petals_agent.cli.settings import control_socket
     from petals_agent.cli.status_view import print_status
     from petals_agent.supervisor.control import ask
 
-    socket = configured(config, None, require_model=False).control.socket
+    socket = control_socket(config)
 
     def show(clear: bool) -> None:
         snapshot = asyncio.run(ask(socket, {"do": "status"}))

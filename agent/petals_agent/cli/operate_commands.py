@@ -14,11 +14,10 @@ _LOOK_S = 0.5
 
 
 def _ask(config: Path | None, request: dict[str, Any], timeout: float = 10.0) -> Any:
-    from petals_agent.cli.settings import configured
+    from petals_agent.cli.settings import control_socket
     from petals_agent.supervisor.control import ask
 
-    socket = configured(config, None, require_model=False).control.socket
-    return asyncio.run(ask(socket, request, timeout))
+    return asyncio.run(ask(control_socket(config), request, timeout))
 
 
 def reload(
@@ -31,12 +30,7 @@ def reload(
     """Read the configuration again; says what is in effect now and what needs a restart."""
     import json
 
-    from petals_agent.cli.settings import configured
-    from petals_agent.supervisor.control import ask
-
-    # the file may be wrong, and then the agent says so; where it listens must be known all the same
-    settings = configured(config, None, require_model=False)
-    done = asyncio.run(ask(settings.control.socket, {"do": "reload"}, 30.0))
+    done = _ask(config, {"do": "reload"}, 30.0)
     if json_:
         typer.echo(json.dumps(done))
         return
