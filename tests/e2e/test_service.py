@@ -53,6 +53,22 @@ def test_configuration_check_in_the_terminal(machine: Machine) -> None:
     assert done.returncode == 78 and CONFIG in done.stdout + done.stderr
 
 
+def test_status_is_for_root_and_the_group(swarm: Swarm) -> None:
+    machine = swarm.machine
+    swarm.start()
+    nobody = ["setpriv", "--reuid=nobody", "--regid=nogroup"]
+    ask = ["env", "HOME=/nonexistent", "petals-agent", "status", "--json"]
+    assert json.loads(machine.run(*nobody, "--groups=petals-agent", *ask).stdout)["state"] == "online"
+    assert machine.run(*nobody, "--clear-groups", *ask, check=False).returncode != 0
+
+
+def test_doctor_finds_no_problem(swarm: Swarm) -> None:
+    swarm.start()
+    done = swarm.machine.run("petals-agent", "doctor", "--json", check=False, timeout=120)
+    problems = [one for one in json.loads(done.stdout)["checks"] if one["outcome"] == "problem"]
+    assert (problems, done.returncode) == ([], 0)
+
+
 def test_reload_applies_what_it_can_and_refuses_what_is_wrong(swarm: Swarm) -> None:
     machine = swarm.machine
     swarm.start()
@@ -65,7 +81,7 @@ def test_reload_applies_what_it_can_and_refuses_what_is_wrong(swarm: Swarm) -> N
     swarm.edit(log__level="loud")
     assert machine.run("systemctl", "reload", AGENT, check=False).returncode != 0
     wrong = machine.journal("-u", AGENT, "PETALS_EVENT=reload")[-1]
-    assert wrong["PRIORITY"] == "4" and "log.level" in wrong["MESSAGE"]
+    assert wrong["PRIORITY"] == "4" and 'log.level = "loud"' in wrong["MESSAGE"]
     assert machine.show(AGENT, "MainPID") == pid
     machine.wait_for(AGENT, ActiveState="active", SubState="running")
     assert swarm.status()["state"] == "online"

@@ -14,7 +14,7 @@ from e2e.cache import scratch
 from e2e.machine import Machine
 from e2e.swarm import AGENT, APP, CONFIG, Swarm
 from e2e.trees import Trees
-from harness.processes import Processes
+from harness.processes import Processes, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,22 @@ def test_upgrade_keeps_what_was_changed_and_restarts_what_runs(swarm: Swarm, new
     assert not machine.path(APP).exists()
 
 
-def test_installed_again_and_configured_again(machine: Machine, newer: Path) -> None:
-    """Each script may run twice."""
-    machine.run("dpkg-reconfigure", "petals-agent")
-    machine.run("dpkg", "--configure", "--pending")
-    assert machine.show(AGENT, "ActiveState")["ActiveState"] == "inactive"
+def test_scripts_run_twice_and_wait_for_the_operator_if_told_so(swarm: Swarm) -> None:
+    machine = swarm.machine
+    swarm.start()
+    pid = machine.show(AGENT, "MainPID")
+    setting = machine.path("/etc/default/petals-agent")
+    setting.write_text(setting.read_text().replace("=yes", "=no"))
+    scripts = "/var/lib/dpkg/info/petals-agent"
+    for _ in range(2):
+        machine.run(f"{scripts}.prerm", "upgrade", "9")
+        machine.run(f"{scripts}.postinst", "configure", "0")
+    assert machine.show(AGENT, "MainPID") == pid and swarm.status()["drain"] is None
+
+    setting.write_text(setting.read_text().replace("=no", "=yes"))
+    machine.run(f"{scripts}.prerm", "upgrade", "9")
+    assert swarm.status()["drain"]["stage"] == "drained"
+    machine.run(f"{scripts}.postinst", "configure", "0")
+    wait_until(lambda: machine.show(AGENT, "MainPID") != pid, 60, "another agent")
+    machine.wait_for(AGENT, ActiveState="active", SubState="running")
+    assert swarm.status()["drain"] is None
