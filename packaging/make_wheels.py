@@ -121,7 +121,8 @@ def own(folder: Path) -> None:
 
 def lock(kind: str) -> None:
     """Let pip resolve the dependencies within the constraints, and note what it would install."""
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + (project["optional-dependencies"]["gpu"] if kind == "cuda" else [])
     pins = CONSTRAINTS.read_text()
     torch = re.search(r"^torch==\S+$", pins, re.MULTILINE)
     if torch is None:
