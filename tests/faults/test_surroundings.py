@@ -243,7 +243,7 @@ def test_the_kernel_ends_the_container(
     large = torch.randn(1, 8000, 256)
     began = time.time()
     with pytest.raises(Exception, match=""):  # what a caller sees is that nobody is there any more
-        peer.run(peer.stepping(victim.peer_id, chain(0, 8), large), 60)
+        peer.run(peer.stepping(victim.peer_id, chain(0, 8), large), 20)
     status = victim.agent.until(
         lambda s: s["restarts"]["container"] == 1 and s["state"] == "online", 90, "another container"
     )
@@ -262,7 +262,7 @@ def test_no_memory_is_left(
     with victim.watch() as watch:
         large = torch.randn(1, 8000, 256)
         with pytest.raises(Exception) as refused:  # whatever its allocation failed in
-            peer.run(peer.stepping(victim.peer_id, chain(0, 8), large), 60)
+            peer.run(peer.stepping(victim.peer_id, chain(0, 8), large), 20)
         tried = time.time()
         watch.until(lambda: watch.calm_since(tried), 90, "others are answered")
         print(

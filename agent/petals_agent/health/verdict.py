@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from petals_agent.health.findings import Finding, Status
 from petals_agent.health.steps import Step
 
-NETWORK_PROBE = "swarm.peers"
-_NEED_PEERS = frozenset({"swarm.announced", "swarm.reachable", "host.clock"})
-_CLOCK_PROBE = "host.clock"
-_NEED_CLOCK = frozenset({"swarm.announced"})
+# While the first has failed, what the others find says nothing about p2pd or the container.
+EXCUSES: Mapping[str, frozenset[str]] = {
+    "swarm.peers": frozenset({"swarm.announced", "swarm.reachable", "host.clock"}),
+    "host.clock": frozenset({"swarm.announced"}),
+}
 
 
 class Health(enum.Enum):
@@ -43,9 +44,7 @@ def judge(findings: Iterable[Finding]) -> Verdict:
     """
     known = list(findings)
     failed = {finding.probe for finding in known if finding.status is Status.FAILED}
-    excused = (_NEED_PEERS if NETWORK_PROBE in failed else frozenset()) | (
-        _NEED_CLOCK if _CLOCK_PROBE in failed else frozenset()
-    )
+    excused = {probe for name in failed for probe in EXCUSES.get(name, ())}
     reasons: list[str] = []
     cures: set[Step] = set()
     for finding in sorted(known, key=lambda finding: finding.since):

@@ -15,7 +15,7 @@ from petals_agent.health.findings import Finding, Probe, Status
 from petals_agent.health.probing import Probing
 from petals_agent.health.recovery import Budget, Ladder
 from petals_agent.health.steps import Step
-from petals_agent.health.verdict import Health, Verdict, judge
+from petals_agent.health.verdict import EXCUSES, Health, Verdict, judge
 from petals_agent.supervisor.announcing import Announcing
 from petals_agent.supervisor.container_probes import ContainerProbes
 from petals_agent.supervisor.gpu_probes import GpuProbes
@@ -132,6 +132,7 @@ class Care:
         fields = {"probe": finding.probe, "status": finding.status.value, "reason": finding.reason}
         if finding.status in (Status.OK, Status.NOT_APPLICABLE):
             self._life.note("probe", f"{finding.probe} is content again", **fields)
+            self.probing.forget(tuple(EXCUSES.get(finding.probe, ())))  # they looked through a broken glass
         else:
             self._life.warn("probe", f"{finding.probe} {finding.status.value}: {finding.reason}", **fields)
 

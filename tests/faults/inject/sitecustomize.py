@@ -87,8 +87,9 @@ def _lean() -> Any:
 
 
 def _obey(folder: Path) -> None:
+    poll = threading.Event()  # time.sleep does not stand a clock that jumps
     while not hasattr(_lean(), "LeanBackend"):
-        time.sleep(_POLL_S)
+        poll.wait(_POLL_S)
     left = dict(ORDERS)
     while True:
         for name in list(left):
@@ -99,7 +100,7 @@ def _obey(folder: Path) -> None:
                 except FileNotFoundError:
                     continue
             left.pop(name)()
-        time.sleep(_POLL_S)
+        poll.wait(_POLL_S)
 
 
 if "petals_agent.container.main" in sys.orig_argv and "PETALS_AGENT_FAULTS" in os.environ:
