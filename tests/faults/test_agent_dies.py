@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.hurt import HIDDEN, INJECT, QUICK, Victim, wait_gone
+from harness.hurt import INJECT, QUICK, Victim, wait_gone
 from harness.live import LiveAgent, write_config
-from harness.peer import Peer, chain
+from harness.peer import Peer
 from harness.processes import Processes, wait_until
 from harness.swarm import start_bootstrap
-from harness.unit import Unit
-from harness.watch import Watch
+from harness.unit import Unit, hurt_agent, watch
 
 OFFLINE, JOINING, ONLINE = 0, 1, 2
 WATCHDOG_S = 6.0  # 30 in the unit
@@ -43,11 +42,6 @@ def unit(
     return Unit(processes, config, WATCHDOG_S, env, restart)
 
 
-def watch(agent: LiveAgent, peer: Peer) -> Watch:
-    peer_id = agent.online()["peer_id"]
-    return Watch(peer, peer_id, HIDDEN, peer.step(peer_id, chain(0, 8), HIDDEN))
-
-
 def events(agent: LiveAgent, name: str) -> list[dict[str, object]]:
     victim = Victim(agent, Path(), None)  # type: ignore[arg-type]  only its log is read
     return [event for event in victim.events() if event["event"] == name]
@@ -59,30 +53,18 @@ def test_agent(
 ) -> None:
     maddr, peer = swarm
     with unit(processes, tmp_path / "a", tiny_llama, maddr) as service:
-        with watch(service.agent, peer) as seen:
-            service.systemd.wait_for("READY=1")
-            before, family = service.agent.status(), service.agent.family()
-            seen.until(lambda: seen.calm_since(0), 60, "calm")
-            hurt, hurt_at = time.time(), time.monotonic()
-            os.kill(service.agent.process.pid, number)
-            end = service.wait_end(1, 60)
-            assert end.watchdog == (number == signal.SIGSTOP) and end.post_stop == 0
-            wait_gone(family)
-            assert seen.peer.state(seen.peer_id) != ONLINE or service.agent.status()
-            after = service.wait_start(1, 60).online()
-            assert after["peer_id"] == before["peer_id"]
-            seen.until(lambda: seen.calm_since(hurt + end.cleaned_at - hurt_at), 60, "calm after it")
-            assert seen.not_online_after(hurt) is not None
-            name = "killed" if number == signal.SIGKILL else f"stopped, WatchdogSec {WATCHDOG_S:g}"
-            print(
-                f"agent {name}: noticed after {end.at - hurt_at:.1f} s; outage {seen.outage(hurt):.1f} s; "
-                f"announced {seen.story(hurt)}"
-            )
+        before = service.agent.online()
+        outcome = hurt_agent(service, peer, f"agent, signal {number}", number)
+        print(outcome.text)
+        assert service.ends[0].watchdog == (number == signal.SIGSTOP)
+        assert outcome.withdrawn is not None and outcome.wrong == 0
+        after = service.agent.online()
+        assert after["peer_id"] == before["peer_id"]
         service.systemd.wait_for("READY=1")
         os.kill(service.agent.process.pid, signal.SIGTERM)
         assert service.wait_end(2, 60).status == 0
         assert "STOPPING=1" in service.systemd.texts
-        assert peer.state(seen.peer_id) == OFFLINE
+        assert peer.state(before["peer_id"]) == OFFLINE
 
 
 def test_a_stop_that_ends_by_itself_is_no_failure(

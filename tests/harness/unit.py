@@ -13,10 +13,13 @@ from pathlib import Path
 
 import psutil
 
+from harness.hurt import HIDDEN, SESSIONS, Outcome
 from harness.live import LiveAgent, start_again
+from harness.peer import Peer, chain
 from harness.processes import Processes, wait_until
 from harness.swarm import PETALS_AGENT
 from harness.systemd import Systemd
+from harness.watch import Watch
 
 RESTART_S = 1.0  # RestartSec of petals-agent.service
 ABORT_S = 15.0  # TimeoutAbortSec
@@ -111,3 +114,37 @@ class Unit:
         end = self.wait_end(count, timeout)
         wait_until(lambda: self.started > end.at, timeout, "another start")
         return self.agent
+
+
+def watch(agent: LiveAgent, peer: Peer) -> Watch:
+    """From outside, once it serves."""
+    peer_id = agent.online()["peer_id"]
+    return Watch(peer, peer_id, HIDDEN, peer.step(peer_id, chain(0, 8), HIDDEN))
+
+
+def hurt_agent(service: Unit, peer: Peer, name: str, number: int) -> Outcome:
+    """Send the agent a signal that it does not survive, and wait until another one serves; it ends no earlier."""
+    with watch(service.agent, peer) as seen:
+        service.systemd.wait_for("READY=1")
+        family = service.agent.family()
+        seen.until(lambda: seen.calm_since(0), 60, "calm")
+        hurt, hurt_at = time.time(), time.monotonic()
+        os.kill(service.agent.process.pid, number)
+        end = service.wait_end(1, service.watchdog_s + 60)
+        wait_until(lambda: not any(process.is_running() for process in family), 10, "the end of its family")
+        assert end.post_stop == 0
+        service.wait_start(1, 60).online()
+        seen.until(lambda: seen.calm_since(hurt + end.cleaned_at - hurt_at), 60, "calm after it")
+        vain, sessions = seen.vain(hurt)
+        return Outcome(
+            fault=name,
+            noticed=end.at - hurt_at,
+            withdrawn=seen.not_online_after(hurt),
+            outage=seen.outage(hurt),
+            vain=vain,
+            sessions=sessions,
+            wrong=sum(attempt.wrong for attempt in seen.attempts),
+            announced=seen.story(hurt),
+            steps=[],
+            lost=SESSIONS,
+        )
