@@ -19,6 +19,9 @@ BUSY_S = 60.0
 LOAD_S = 60.0
 SESSIONS = 12
 PROMPTS = (1, 3, 200, 1500)  # tokens; the long ones hold the engine up
+LIMITS = "\n".join(
+    f'[health.probes."container.{name}"]\ntimeout = "10s"' for name in ("loop", "engine", "canary")
+)
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -71,10 +71,13 @@ class ContainerProbes:
         container, beat = self._serving.container, self._serving.beat
         if container is None or beat is None:
             return not_applicable("nothing is loaded")
-        now, progress = time.monotonic(), (container.pid, beat.progress)
+        at, progress = container.beat_at, (container.pid, beat.progress)
         if progress != self._progress or beat.queued == 0:
-            self._progress, self._progress_at = progress, now
-        still, limit = now - self._progress_at, self._engine_limit.timeout
+            self._progress, self._progress_at = progress, at
+        still, limit = (
+            at - self._progress_at,
+            self._engine_limit.timeout,
+        )  # a late beat says nothing of the engine
         if still > limit:
             return failed(f"{beat.queued} works wait and nothing moved for {still:.0f} s (limit {limit:g} s)")
         return OK
