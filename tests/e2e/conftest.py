@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -34,16 +35,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"E2E: {_outcome['text']}")
 
 
+def _leave_out(reason: CannotRun) -> NoReturn:
+    _outcome["text"] = f"left out ({reason})"
+    pytest.skip(_outcome["text"])
+
+
 @pytest.fixture(scope="session")
 def mirror() -> Mirror:
     """Where Debian comes from; without root, tools or mirror all tests that boot a machine are left out."""
     try:
-        found = prepare()
+        return prepare()
     except CannotRun as reason:
-        _outcome["text"] = f"left out ({reason})"
-        pytest.skip(_outcome["text"])
-    _outcome["text"] = "run"
-    return found
+        _leave_out(reason)
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +54,11 @@ def trees(mirror: Mirror, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """Debian, the package, and Debian with the package."""
     processes = Processes(tmp_path_factory.mktemp("trees"))
     try:
-        yield make_trees(mirror, processes)
+        made = make_trees(mirror, processes)
+        _outcome["text"] = "run"
+        yield made
+    except CannotRun as reason:
+        _leave_out(reason)
     finally:
         processes.close()
 

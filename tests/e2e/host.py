@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ TOOLS = {  # program or file → the package that has it
     "zstd": "zstd",
 }
 INSTALL_S = 300.0
+ANSWER_S = 30.0
 
 
 class CannotRun(Exception):
@@ -91,6 +93,15 @@ def mirror(apt: Path) -> Mirror:
             for found in read(file.read_text(errors="replace")):
                 return found
     raise CannotRun(f"apt has no source of {SUITE} main here")
+
+
+def check_answers(found: Mirror) -> None:
+    """Ask the mirror for the suite's index; raises CannotRun when it has none for us."""
+    try:
+        with urllib.request.urlopen(f"{found.uri.rstrip('/')}/dists/{SUITE}/Release", timeout=ANSWER_S):
+            pass
+    except (OSError, ValueError) as error:
+        raise CannotRun(f"the mirror for {SUITE} does not answer: {error}") from None
 
 
 def _one_line(text: str) -> Iterator[Mirror]:

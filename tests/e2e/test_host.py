@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from e2e import cache
-from e2e.host import CannotRun, Mirror, mirror
+from e2e.host import CannotRun, Mirror, check_answers, mirror
 
 STANZAS = """\
 # a comment
@@ -53,6 +53,17 @@ def test_no_mirror(tmp_path: Path) -> None:
     write(tmp_path, "sources.list.d/off.sources", f"Enabled: no\n{STANZAS.splitlines(True)[1]}")
     with pytest.raises(CannotRun, match="bookworm"):
         mirror(tmp_path)
+
+
+def test_mirror_that_answers_and_one_that_does_not(tmp_path: Path) -> None:
+    here = Mirror(tmp_path.as_uri(), "")
+    with pytest.raises(CannotRun, match="does not answer"):
+        check_answers(here)
+    (tmp_path / "dists/bookworm").mkdir(parents=True)
+    (tmp_path / "dists/bookworm/Release").touch()
+    check_answers(here)
+    with pytest.raises(CannotRun, match="does not answer"):
+        check_answers(Mirror("tor+https://mirror.example", ""))
 
 
 def test_things_are_made_once_and_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from e2e.cache import cached, scratch
-from e2e.host import SUITE, Mirror
+from e2e.cache import cached, root, scratch
+from e2e.host import SUITE, Mirror, check_answers
 from e2e.lintian import Lintian
 from e2e.machine import Machine
 from harness.processes import Processes
@@ -47,11 +47,13 @@ class Trees:
 
 
 def make_trees(mirror: Mirror, processes: Processes) -> Trees:
-    """Make what is not in the cache, side by side; what goes on after that ends with `processes`."""
+    """Make what is not in the cache, side by side; what goes on after that ends with `processes`. Raises CannotRun."""
+    if not (root() / f"base-{_base_key()}").exists():
+        check_answers(mirror)
     with ThreadPoolExecutor(2) as pool:
-        debian = pool.submit(_base, mirror)
-        package = pool.submit(_package).result()
-        base = debian.result()
+        building = pool.submit(_package)
+        base = _base(mirror)
+        package = building.result()
     lintian = Lintian(digest([ROOT / name for name in SOURCES if name.startswith(("packaging", "systemd"))]))
     lintian.start(processes, package)
     key = f"{base.name.split('-', 1)[1]}-{package.parent.name.split('-', 1)[1]}"
@@ -99,8 +101,12 @@ def _base(mirror: Mirror) -> Path:
         for archive in (folder / "var/cache/apt/archives").glob("*.deb"):
             archive.unlink()
 
-    key = hashlib.sha256(" ".join(BASE_PACKAGES).encode()).hexdigest()[:8]
-    return cached("base", f"{SUITE}-{time.strftime('%Y%m')}-{key}", make)
+    return cached("base", _base_key(), make)
+
+
+def _base_key() -> str:
+    packages = hashlib.sha256(" ".join(BASE_PACKAGES).encode()).hexdigest()[:8]
+    return f"{SUITE}-{time.strftime('%Y%m')}-{packages}"
 
 
 def _package() -> Path:
