@@ -18,7 +18,7 @@ from harness.swarm import start_bootstrap
 BUSY_S = 60.0
 LOAD_S = 60.0
 SESSIONS = 12
-PROMPTS = (1, 3, 200, 1500)  # tokens; the long ones hold the engine up
+PROMPTS = (1, 3, 200, 1000)  # tokens; the long ones hold the engine up
 LIMITS = "\n".join(
     f'[health.probes."container.{name}"]\ntimeout = "10s"' for name in ("loop", "engine", "canary")
 )
