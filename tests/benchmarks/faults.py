@@ -179,7 +179,9 @@ def _part(process: Process, part: str) -> int:
     if part == "main":
         return process.pid
     daemons = [child for child in psutil.Process(process.pid).children(True) if child.name() == "p2pd"]
-    return next(daemon.pid for daemon in daemons if IDENTITY in " ".join(daemon.cmdline()))  # there are others
+    return next(
+        daemon.pid for daemon in daemons if IDENTITY in " ".join(daemon.cmdline())
+    )  # there are others
 
 
 def table(result: dict[str, Any]) -> str:
