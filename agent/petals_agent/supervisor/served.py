@@ -30,6 +30,7 @@ _SERVICE = "TransformerConnectionHandler"
 _HEADER = struct.Struct(">BQ")
 _ANSWER_LIMIT = 65536
 _START_TIMEOUT_S = 10.0
+_ANSWER_TIMEOUT_S = 2.0
 _PAUSE_S = 5.0
 
 log = logging.getLogger("petals_agent.served")
@@ -44,6 +45,7 @@ class Caller:
         self._socket_dir = socket_dir
         self._daemon: Daemon | None = None
         self._p2p: P2P | None = None
+        self._backs_off = False  # after a dial in vain it tries no other for seconds
         self._lock = asyncio.Lock()
 
     async def run(self) -> NoReturn:
@@ -58,11 +60,13 @@ class Caller:
             await asyncio.sleep(_PAUSE_S)
 
     async def start(self) -> None:
-        """Start the p2pd if it is not there. Raises DaemonError."""
+        """Start the p2pd if it is not there, and replace one that is no good witness. Raises DaemonError."""
         async with self._lock:
             if self._daemon is not None and self._daemon.process.returncode is None:
-                return
+                if not self._backs_off and await _answers(self._daemon):
+                    return
             await self._drop()
+            self._backs_off = False
             options = for_calls(self._socket_dir, startup_timeout=_START_TIMEOUT_S, use_relay=False)
             self._daemon = await Daemon.start(options)
             self._p2p = await P2P.replicate(Multiaddr(self._daemon.maddr))
@@ -93,7 +97,11 @@ class Caller:
         try:
             await control.dial(self._daemon.maddr, self._maddrs(), timeout=10.0)
         except DaemonError as error:
+            self._backs_off = True
             raise SwarmError(f"our own address cannot be dialled: {error}") from error
+        except asyncio.CancelledError:
+            self._backs_off = True
+            raise
         peer = PeerID.from_base58(peer_id)
         await self._info(self._p2p, peer, uid)
         await self._inference(self._p2p, peer, uid, hidden_size)
@@ -139,3 +147,12 @@ class Caller:
 
 
 _REFUSALS = ("which is its limit", "is leaving", "cache")
+
+
+async def _answers(daemon: Daemon) -> bool:
+    try:
+        await control.identify(daemon.maddr, _ANSWER_TIMEOUT_S)
+    except DaemonError as error:
+        log.info("the p2pd that checks on us does not answer and is replaced: %s", error)
+        return False
+    return True
