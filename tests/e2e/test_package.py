@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from packaging.utils import canonicalize_name
+
 from e2e.machine import Machine
 from e2e.swarm import APP, CONFIG
 from e2e.trees import INSTALL_LOG, ROOT, Trees
@@ -39,9 +41,11 @@ def test_files_and_modes(machine: Machine) -> None:
 
 def test_only_what_the_agent_needs_is_inside(machine: Machine) -> None:
     listed = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
-    inside = json.loads(machine.run(f"{APP}/bin/python", "-c", listed).stdout)
+    found = json.loads(machine.run(f"{APP}/bin/python", "-c", listed).stdout)
+    inside = {canonicalize_name(name): version for name, version in found.items()}
     lines = (ROOT / "packaging/lock-cpu.txt").read_text().splitlines()
-    locked = dict(line.split()[0].split("==") for line in lines if not line.startswith("#"))
+    pairs = [line.split()[0].split("==") for line in lines if not line.startswith("#")]
+    locked = {canonicalize_name(name): version for name, version in pairs}
     assert inside.pop("petals-agent") == machine.run("petals-agent", "--version").stdout.split()[1]
     assert inside == locked
     for module in (
