@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from e2e import cache
-from e2e.host import CannotRun, Mirror, check_answers, mirror
+from e2e.host import CannotRun, Mirror, check_answers, mirror, prepare
 
 STANZAS = """\
 # a comment
@@ -53,6 +53,12 @@ def test_no_mirror(tmp_path: Path) -> None:
     write(tmp_path, "sources.list.d/off.sources", f"Enabled: no\n{STANZAS.splitlines(True)[1]}")
     with pytest.raises(CannotRun, match="bookworm"):
         mirror(tmp_path)
+
+
+def test_without_root_it_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(CannotRun, match="not root"):
+        prepare()
 
 
 def test_mirror_that_answers_and_one_that_does_not(tmp_path: Path) -> None:
