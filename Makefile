@@ -27,8 +27,8 @@ run: setup ## the demo: a private swarm on this host generates text (ARGS=--once
 test: setup peer-venv lint ## lint, types and all tests, with those against the published Petals
 	$(PYTEST) $(ARGS)
 
-test-fast: setup ## the tests that need no published Petals
-	$(PYTEST) -m "not interop" $(ARGS)
+test-fast: setup ## the tests that need no published Petals and boot no machine
+	$(PYTEST) -m "not interop and not e2e" $(ARGS)
 
 bench: setup peer-venv ## ours beside the published Petals and in-process transformers (ARGS=--json, --quick)
 	@$(BIN)/python tests/benchmarks/serve.py $(ARGS)

@@ -21,11 +21,12 @@ FIRST_S = 1500  # the first test waits for Debian, the package and its installat
 _outcome: dict[str, str] = {}
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Making the trees is slow, whichever test comes first."""
+    """Mark what boots a machine; making the trees is slow, whichever test comes first."""
     for item in items:
-        if HERE in item.path.parents and item.get_closest_marker("timeout") is None:
+        if HERE in item.path.parents and "mirror" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.e2e)
             item.add_marker(pytest.mark.timeout(FIRST_S))
 
 
