@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness.hurt import FAULTS, Fault, Victim, measure, online, start_victim
@@ -43,7 +44,9 @@ def check(victim: Victim, fault: Fault) -> None:
     assert fault.vain or not outcome.vain, outcome
     status = victim.agent.online()
     assert (status["peer_id"], status["maddrs"]) == (before["peer_id"], before["maddrs"])
-    assert len(victim.agent.family()) == 4, victim.agent.family()  # agent, container, two p2pd
+    family = victim.agent.family()
+    assert len(family) == 4, family  # agent, container, two p2pd
+    assert not [process for process in family if process.status() == psutil.STATUS_STOPPED]
     sockets = sorted(place.name for place in victim.agent.socket.parent.iterdir())
     assert len(sockets) == 4, sockets  # control, streams, two of p2pd
     if "container" in fault.name:
