@@ -53,6 +53,7 @@ class Unit:
         self.systemd = Systemd(str(self.config.parent / "notify"))
         self._over = threading.Event()
         self.agent = self._start()
+        self.starts = 1
         self._thread = threading.Thread(target=self._live, daemon=True)
         self._thread.start()
         return self
@@ -83,6 +84,7 @@ class Unit:
             if not self.restart or self.ends[-1].status in NOT_AGAIN or self._over.wait(RESTART_S):
                 return
             self.agent = self._start()
+            self.starts += 1
 
     @property
     def _overdue(self) -> bool:
@@ -111,8 +113,7 @@ class Unit:
 
     def wait_start(self, count: int, timeout: float) -> LiveAgent:
         """Wait until it was started again after end `count`."""
-        end = self.wait_end(count, timeout)
-        wait_until(lambda: self.started > end.at, timeout, "another start")
+        wait_until(lambda: self.starts > count, timeout, f"another start after end {count}")
         return self.agent
 
 
