@@ -14,7 +14,7 @@ from harness.hurt import start_victim
 from harness.live import LiveAgent
 from harness.peer import Peer
 from harness.processes import Process, Processes, wait_until
-from harness.swarm import PETALS_AGENT, start_bootstrap
+from harness.swarm import PETALS_AGENT
 
 ONLINE = 2
 
@@ -85,30 +85,3 @@ def test_entry_nodes_and_all_others_go_and_come_back(
     )
     assert status["restarts"]["container"] == 0 and status["peer_id"] == peer_id
     assert victim.recoveries() == []
-
-
-@pytest.mark.timeout(200)
-def test_a_swarm_in_which_nobody_is_left_is_no_illness(
-    processes: Processes, tmp_path: Path, tiny_llama: Path
-) -> None:
-    """While nobody else answers, no repair of ours would help: not even one of p2pd, when the DHT takes nothing more."""
-    quick = """
-[health.probes."swarm.peers"]
-period = "1s"
-failures = 2
-[health.probes."swarm.announced"]
-period = "1s"
-failures = 25
-"""
-    entry = start_bootstrap(processes)
-    victim = start_victim(processes, tmp_path / "a", tiny_llama, entry, None, quick)  # type: ignore[arg-type]
-    before = victim.agent.online()["pids"]
-    started = [process for process in processes.survivors() if "dht_node" in " ".join(process.cmdline())]
-    gone_at = time.time()
-    for process in started:
-        process.kill()
-    wait_until(lambda: victim.told("no other peer is known", gone_at), 90, "it is noticed")
-    refused = lambda: victim.told("swarm.announced", gone_at)  # noqa: E731
-    wait_until(lambda: refused() or time.time() - gone_at > 45, 60, "time for more")
-    status = victim.agent.status()
-    assert status["pids"] == before and victim.recoveries() == [] and status["state"] == "online"

@@ -22,7 +22,7 @@ from harness.processes import Processes, wait_until
 from harness.swarm import TESTS
 from harness.watch import CALM, EVERY_S, Watch
 
-UNNOTICED_S = 15.0
+UNNOTICED_S = 10.0
 INJECT = TESTS / "faults" / "inject"
 NOTICES = ("probe", "container", "p2pd", "network")  # events that say what is wrong
 SESSIONS, NOTHING = "sessions, replayed by their clients", "nothing"
