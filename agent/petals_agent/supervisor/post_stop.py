@@ -24,6 +24,7 @@ log = logging.getLogger("petals_agent.post_stop")
 TIMEOUT_S = 12.0
 _START_TIMEOUT_S = 6.0
 _STORE_TIMEOUT_S = 4.0
+_WAIT_S = 2.0  # for one peer; the dead one that we speak for is among them
 
 
 async def clean_up(state_dir: Path) -> bool:
@@ -59,7 +60,9 @@ async def withdraw(left: LeftBehind) -> None:
         try:
             p2p = await P2P.replicate(Multiaddr(daemon.maddr))
             try:
-                node = await DHTNode.create(p2p=p2p, initial_peers=list(left.peers), client_mode=True)
+                node = await DHTNode.create(
+                    p2p=p2p, initial_peers=list(left.peers), client_mode=True, wait_timeout=_WAIT_S
+                )
                 info = ServerInfo(
                     state=ServerState.OFFLINE,
                     throughput=0.0,
