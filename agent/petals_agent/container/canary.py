@@ -1,11 +1,17 @@
-"""A fixed input through each served block gives what it gave after the load: weights, kernels and the engine's thread are sound."""
+"""A fixed input gives what it gave after the load, through each block alone and as a session's step through all of them:
+weights, kernels, cache and the engine's thread are sound.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 import torch
 
 from petals_agent.engine.engine import Engine
 from petals_agent.engine.selfcheck import TOLERANCE
+from petals_agent.engine.session import Session
 from petals_agent.errors import ContainerError
 
 _TOKENS = 4
@@ -13,40 +19,55 @@ _DRIFT = 10.0  # times the self-check's tolerance: the order of summation may di
 
 
 class Canary:
-    """`record` once after the load, then `check` now and then; each block is one short slice of the engine's time."""
+    """`record` once after the load, then `check` now and then; each part of it is a short slice of the engine's time."""
 
     def __init__(self, engine: Engine, blocks: int) -> None:
-        self._engine, self._blocks = engine, blocks
-        hidden = engine.backend.hidden_size
+        self._engine = engine
         generator = torch.Generator().manual_seed(0)
-        self._input = torch.randn(1, _TOKENS, hidden, generator=generator).to(engine.backend.dtype)
+        hidden = torch.randn(1, _TOKENS, engine.backend.hidden_size, generator=generator)
+        self._input = hidden.to(engine.backend.dtype)
+        self._blocks = blocks
         self._expected: list[torch.Tensor] = []
 
     async def record(self) -> None:
-        """Raises ContainerError when a block answers NaN or infinity."""
-        outputs = [await self._run(block) for block in range(self._blocks)]
-        for block, output in enumerate(outputs):
+        """Raises ContainerError when something answers NaN or infinity."""
+        for name, run in self._parts():
+            output = await run()
             if not bool(torch.isfinite(output).all()):
                 raise ContainerError(
-                    f"block {block} of the span computes NaN or infinity right after the load; check the weights and the dtype"
+                    f"{name} computes NaN or infinity right after the load; check the weights and the dtype"
                 )
-        self._expected = outputs
+            self._expected.append(output)
 
     async def check(self) -> str | None:
-        """None if every block still computes what it did; else what is wrong with the first that does not."""
+        """None if everything still computes what it did; else what is wrong with the first part that does not."""
         limit = _DRIFT * TOLERANCE[self._engine.backend.dtype]
-        for block, expected in enumerate(self._expected):
+        for (name, run), expected in zip(self._parts(), self._expected, strict=True):
             try:
-                output = await self._run(block)
+                output = await run()
             except Exception as error:  # what the backend raised, e.g. a CUDA error
-                return f"block {block} of the span fails: {type(error).__name__}: {error!s:.300}"
+                return f"{name} fails: {type(error).__name__}: {error!s:.300}"
             if not bool(torch.isfinite(output).all()):
-                return f"block {block} of the span computes NaN or infinity"
-            error_size = float((output.float() - expected.float()).abs().max() / expected.float().abs().max())
-            if error_size > limit:
-                return f"block {block} of the span computes something else than after the load (relative error {error_size:.1e})"
+                return f"{name} computes NaN or infinity"
+            drift = float((output.float() - expected.float()).abs().max() / expected.float().abs().max())
+            if drift > limit:
+                return f"{name} computes something else than after the load (relative error {drift:.1e})"
         return None
 
-    async def _run(self, block: int) -> torch.Tensor:
+    def _parts(self) -> list[tuple[str, Callable[[], Awaitable[torch.Tensor]]]]:
+        alone = [
+            (f"block {block} of the span", partial(self._through_block, block))
+            for block in range(self._blocks)
+        ]
+        return [*alone, ("a step through the span", self._as_step)]
+
+    async def _through_block(self, block: int) -> torch.Tensor:
         (output,) = await self._engine.train(block, block + 1, self._input, counted=False)
         return output
+
+    async def _as_step(self) -> torch.Tensor:
+        session = Session(1, _TOKENS, 0, self._blocks, counted=False)
+        try:
+            return await self._engine.step(session, self._input)
+        finally:
+            self._engine.close(session)

@@ -327,13 +327,14 @@ class Engine:
         work.session.length += count
         work.offset += count
         rows = output.view(work.rows, count, self.backend.hidden_size)
-        self.stats.tokens += work.rows * count
+        self.stats.tokens += work.rows * count if work.session.counted else 0
         if work.remaining > 0:
             work.parts.append(rows)
             return
         result = torch.cat((*work.parts, rows), dim=1) if work.parts else rows
         work.parts = []
-        self.stats.step_seconds.observe(time.monotonic() - work.arrived)
+        if work.session.counted:
+            self.stats.step_seconds.observe(time.monotonic() - work.arrived)
         self._results.append((work.done, result))
 
     def _begin_training(self) -> None:

@@ -26,6 +26,7 @@ class Session:
     length: int = 0  # tokens in the KV cache, per row
     written: int = 0  # positions of the cache that were ever written (a rollback lowers only `length`)
     closed: bool = False
+    counted: bool = True  # among what was done for users
     solo: bool = False  # must not share a step with other sessions, nor be cut into chunks
     place: Any = None  # where the KV cache put it (kv.Place); None until the first step
 

@@ -74,10 +74,8 @@ class ContainerProbes:
         at, progress = container.beat_at, (container.pid, beat.progress)
         if progress != self._progress or beat.queued == 0:
             self._progress, self._progress_at = progress, at
-        still, limit = (
-            at - self._progress_at,
-            self._engine_limit.timeout,
-        )  # a late beat says nothing of the engine
+        # by the beats' own times: a late beat says nothing of the engine
+        still, limit = at - self._progress_at, self._engine_limit.timeout
         if still > limit:
             return failed(f"{beat.queued} works wait and nothing moved for {still:.0f} s (limit {limit:g} s)")
         return OK
