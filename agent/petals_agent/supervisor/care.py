@@ -165,10 +165,9 @@ class Care:
         self._ladder.settled(time.monotonic())
 
     async def _give_up(self) -> NoReturn:
-        now = time.monotonic()
         reason = (
-            f"{self._budget.spent(now)} repairs within an hour (health.recoveries_per_hour = "
-            f"{self._budget.per_hour}) did not help: {self.verdict.text}"
+            f"more repairs within an hour than health.recoveries_per_hour = {self._budget.per_hour} allows did not help: "
+            f"{self.verdict.text}"
         )
         self._life.warn("give_up", reason, reason=reason)
         self._life.decided("give_up", "announce OFFLINE and let systemd restart us", reason)
