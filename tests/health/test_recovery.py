@@ -13,7 +13,7 @@ from petals_agent.health.recovery import Budget, Ladder
 from petals_agent.health.steps import Step, above
 from petals_agent.health.verdict import Health, Verdict
 
-HOUR_S, STEADY_S = 3600.0, 60.0
+HOUR_S, STEADY_S, HELPED_S = 3600.0, 60.0, 3.0
 WELL = Verdict(Health.HEALTHY)
 CURES = [step for step in Step if step is not Step.GIVE_UP]
 
@@ -43,7 +43,7 @@ def test_any_history_keeps_the_rules(
         if cure is None:
             well_since = now if well_since is None else well_since
             assert repairs.next(WELL, now) is None
-            last = None if now - well_since >= STEADY_S else last
+            last = None if now - well_since >= HELPED_S else last
             continue
         well_since = None
         step = repairs.next(ill(cure), now)
@@ -102,8 +102,8 @@ def test_a_step_gets_time_to_show_its_effect() -> None:
     assert repairs.next(ill(), 30.7) is Step.RESTART_P2PD
 
 
-def test_after_a_steady_minute_the_next_illness_is_a_new_one() -> None:
-    for well_s, expected in ((STEADY_S - 1, Step.RESTART_P2PD), (STEADY_S, Step.REATTACH)):
+def test_what_comes_after_a_step_that_helped_is_a_new_illness() -> None:
+    for well_s, expected in ((HELPED_S - 1, Step.RESTART_P2PD), (HELPED_S, Step.REATTACH)):
         repairs = ladder()
         assert repairs.next(ill(), 0.0) is Step.REATTACH
         repairs.next(WELL, 10.0)
@@ -111,13 +111,30 @@ def test_after_a_steady_minute_the_next_illness_is_a_new_one() -> None:
         assert repairs.next(ill(), 10.0 + well_s + 1) is expected
 
 
+def test_faults_that_are_each_repaired_never_exhaust_the_ladder() -> None:
+    repairs, now = ladder(), 0.0
+    for _ in range(20):
+        assert repairs.next(ill(Step.RESTART_P2PD), now) is Step.RESTART_P2PD
+        repairs.next(WELL, now + 1.0)
+        repairs.next(WELL, now + 40.0)
+        now += 41.0
+
+
+def test_a_container_that_loads_proves_nothing() -> None:
+    repairs = ladder()
+    assert repairs.next(ill(Step.RESTART_CONTAINER), 0.0) is Step.RESTART_CONTAINER
+    for now in (1.0, 300.0):
+        assert repairs.next(WELL, now, serving=False) is None
+    assert repairs.next(ill(Step.RESTART_CONTAINER), 301.0) is Step.RESTART_BOTH
+
+
 def test_wellness_must_not_be_interrupted() -> None:
     repairs = ladder()
     repairs.next(ill(), 0.0)
-    for start in (10.0, 50.0):
+    for start in (10.0, 20.0):
         repairs.next(WELL, start)
-        repairs.next(WELL, start + 39.0)
-        assert repairs.next(ill(), start + 39.5) is not Step.REATTACH
+        repairs.next(WELL, start + HELPED_S - 1)
+        assert repairs.next(ill(), start + HELPED_S - 0.5) is not Step.REATTACH
 
 
 @pytest.mark.parametrize("per_hour", [0, 1, 2, 12])

@@ -94,7 +94,7 @@ async def test_p2pd_is_replaced_at_the_same_place(bootstrap: str, tmp_path: Path
             assert again is not connection and again.daemon.peer_id == connection.daemon.peer_id
             assert network.maddrs == maddrs
             assert network.peers == 1  # it is back in the DHT
-    assert tells(life, "p2pd ended with status -9")
+    assert tells(life, "it ended with status -9")
     assert sorted(path.name for path in tmp_path.glob("*.sock")) == []
 
 

@@ -10,7 +10,8 @@ from petals_agent.health.verdict import Health, Verdict
 
 _HOUR_S = 3600.0
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-_STEADY_S = 60.0  # healthy for so long: the next illness is a new one
+_HELPED_S = 3.0  # well for so long: the step helped, and what comes next begins at its own step
+_STEADY_S = 60.0  # well for so long: the pauses are short again
 
 
 class Budget:
@@ -38,7 +39,7 @@ class Ladder:
     """Tell it each verdict with `next`; it says which step to take now, if any.
 
     The first step of an illness is the one that the verdict proposes; each further one is a step higher, or the
-    proposed one if that is higher still.
+    proposed one if that is higher still. An illness ends when a step has helped; pauses stay long until a steady minute.
     """
 
     def __init__(self, budget: Budget, rng: random.Random) -> None:
@@ -49,12 +50,20 @@ class Ladder:
         self._not_before = 0.0
         self._well_since: float | None = None
 
-    def next(self, verdict: Verdict, now: float) -> Step | None:
-        """The step to take at time `now` (seconds, monotonic), None for none (yet). A step that is given out is spent."""
+    def next(self, verdict: Verdict, now: float, serving: bool = True) -> Step | None:
+        """The step to take at time `now` (seconds, monotonic), None for none (yet). A step that is given out is spent.
+
+        That a step helped is proven only while `serving`: a container that loads has no findings against it.
+        """
         if verdict.health is not Health.UNHEALTHY or verdict.cure is None:
+            if not serving:
+                self._well_since = None
+                return None
             self._well_since = now if self._well_since is None else self._well_since
+            if now - self._well_since >= _HELPED_S:
+                self._last = None
             if now - self._well_since >= _STEADY_S:
-                self._last, self._taken = None, 0
+                self._taken = 0
             return None
         self._well_since = None
         if now < self._not_before:

@@ -107,7 +107,8 @@ class Care:
             elif self._serving.doubted:
                 self._serving.attach_again()
             if self._config.repair and (self._repair is None or self._repair.done()):
-                step = self._ladder.next(self.verdict, now)
+                serving = self._life.state in (State.ONLINE, State.DRAINING)
+                step = self._ladder.next(self.verdict, now, serving)
                 if self._budget.exhausted(now) and self._life.state not in (State.ONLINE, State.DRAINING):
                     step = Step.GIVE_UP
                 if step is Step.GIVE_UP:
