@@ -18,6 +18,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from harness.live import LiveAgent, start_live
+from harness.open_session import OpenSession
 from harness.peer import Peer, chain
 from harness.processes import Processes, wait_until
 from harness.promtool import promtool
@@ -130,13 +131,9 @@ def test_figures_are_true(scene: Scene) -> None:
 
 def test_cache_in_use(scene: Scene) -> None:
     peer_id = scene.agent.online()["peer_id"]
-    slow = [
-        scene.peer.begin(scene.peer.stepping(peer_id, chain(0, 8), torch.randn(1, 1024, 256)), 90)
-        for _ in range(3)
-    ]
-    wait_until(lambda: (scene.value("cache_used_tokens") or 0) >= 1024, 60, "reserved cache")
-    for step in slow:
-        step.result()
+    with OpenSession(scene.peer, peer_id, chain(0, 8), 1024) as session:
+        session.step(torch.randn(1, 1, 256))
+        wait_until(lambda: (scene.value("cache_used_tokens") or 0) >= 1024, 60, "reserved cache")
     wait_until(lambda: scene.value("cache_used_tokens") == 0, 30, "free cache")
 
 
