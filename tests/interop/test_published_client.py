@@ -54,7 +54,7 @@ def test_a_new_session_goes_through_after_a_server_was_killed(shared: Swarm, tmp
     client = shared.published_client(two, "--check", "-n", "16", *options)
     client.wait_event("generated", 90)
     used = wait_until(
-        lambda: [member for member in two if member.status()["requests"] > 0], 15, "steps at one of them"
+        lambda: [member for member in two if member.status()["tokens"] > 0], 15, "steps at one of them"
     )
     assert len(used) == 1
     used[0].kill()
@@ -62,4 +62,4 @@ def test_a_new_session_goes_through_after_a_server_was_killed(shared: Swarm, tmp
     result = swarm.stock_result(client)
     assert result["same"] == {"tokens": True, "again": True}
     (other,) = (member for member in two if member is not used[0])
-    other.until(lambda status: status["requests"] >= 16 and status["sessions"] == 0, "16 steps, no session")
+    other.until(lambda status: status["tokens"] >= 16 and status["sessions"] == 0, "16 tokens, no session")
