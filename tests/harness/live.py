@@ -50,14 +50,14 @@ def write_config(folder: Path, model: Path, blocks: str, peers: Sequence[str], m
 
 
 def ask(path: Path, line: bytes, timeout: float = 10.0) -> dict[str, Any]:
-    """Send one line to a control socket and read one back; empty when nobody is there or it hangs up."""
+    """Send one line to a control socket and read one back; empty when nobody is there, has room, or goes on."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(timeout)
         try:
             connection.connect(str(path))
             connection.sendall(line + b"\n")
             answer = connection.makefile("rb").readline()
-        except (FileNotFoundError, ConnectionError):
+        except (FileNotFoundError, ConnectionError, BlockingIOError):  # the last: its queue is full
             return {}
     return dict(json.loads(answer)) if answer else {}
 
