@@ -166,10 +166,12 @@ class Care:
         self._ladder.settled(time.monotonic())
 
     async def _give_up(self) -> NoReturn:
-        reason = (
-            f"more repairs within an hour than health.recoveries_per_hour = {self._budget.per_hour} allows did not help: "
-            f"{self.verdict.text}"
-        )
+        tried = "every repair was tried in vain"
+        if self._budget.exhausted(time.monotonic()):
+            tried = (
+                f"health.recoveries_per_hour = {self._budget.per_hour} repairs within an hour did not help"
+            )
+        reason = f"{tried}: {self.verdict.text}"
         self._life.warn("give_up", reason, reason=reason)
         self._life.decided("give_up", "announce OFFLINE and let systemd restart us", reason)
         self._notifier.status(f"giving up: {reason}")
