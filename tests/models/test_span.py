@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.modeling_utils import PreTrainedModel
 
 from models.tiny import BLOCKS, edit_config
 from petals_agent.errors import CheckpointError
@@ -46,6 +48,17 @@ def _change(folder: Path, tensor: str, change: Callable[[dict[str, torch.Tensor]
 
 
 # --- what is loaded
+
+
+def test_loads_in_threads_leave_transformers_as_it_was(tiny: Callable[[str], Path]) -> None:
+    """Its loader patches classes of the whole process for a while; two at a time would keep each other's patches."""
+    tie = PreTrainedModel.tie_weights
+    source = open_model(str(tiny("gemma2")))
+    with ThreadPoolExecutor(8) as pool:
+        for load in [pool.submit(client_parts, source, torch.float32) for _ in range(32)]:
+            load.result(60)
+    assert PreTrainedModel.tie_weights is tie
+    assert client_parts(source, torch.float32).logits(torch.randn(1, 2, 32)).isfinite().all()
 
 
 def test_other_shards_are_not_needed(folder: Path, tiny: Callable[[str], Path]) -> None:

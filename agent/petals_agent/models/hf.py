@@ -6,6 +6,7 @@ import copy
 import importlib
 import logging
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from petals_agent.models.families import Family, quantization, text_config
 from petals_agent.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
+# transformers' loader patches its classes for a while: two at once would keep each other's patches for good
+_loading = threading.Lock()
 
 
 def model_class(family: Family, name: str) -> type[PreTrainedModel]:
@@ -86,9 +89,10 @@ def build(
     """A model on the CPU whose weights are read from `tensors`, and the names of the weights that they lack.
 
     transformers' own loader converts names and shapes (experts stored one by one are fused) and initialises what is absent.
+    Loads in several threads wait for one another.
     """
     try:
-        with _quiet():
+        with _loading, _quiet():
             model, info = (
                 cls.from_pretrained(  # the dict is not copied: each tensor is read when its turn comes
                     None,
