@@ -16,6 +16,9 @@ from e2e.swarm import AGENT, APP, CONFIG, Swarm
 from e2e.trees import Trees
 from harness.processes import Processes, wait_until
 
+SITE = f"{APP}/lib/python3.11/site-packages"
+NEWER = "99.1"
+
 
 @pytest.fixture(scope="module")
 def newer(trees: Trees) -> Iterator[Path]:
@@ -25,6 +28,11 @@ def newer(trees: Trees) -> Iterator[Path]:
     subprocess.run(["dpkg-deb", "-R", trees.package, tree], check=True, timeout=120)
     control = tree / "DEBIAN" / "control"
     control.write_text(re.sub(r"(?m)^Version: (\S+)$", r"Version: \1+next", control.read_text()))
+    package = tree / SITE.lstrip("/") / "petals_agent"
+    module = package / "__init__.py"
+    module.write_text(re.sub(r'(?m)^__version__ = "(\S+)"$', rf'__version__ = "{NEWER}"', module.read_text()))
+    for compiled in package.glob("__pycache__/__init__.*.pyc"):  # Python would not compare it with the source
+        compiled.unlink()
     default = tree / CONFIG.lstrip("/")
     default.write_text(default.read_text() + "# a newer comment\n")
     command = ["dpkg-deb", "-Zzstd", "-z1", "--root-owner-group", "-b", tree, folder]
@@ -74,7 +82,7 @@ def test_upgrade_keeps_what_was_changed_and_restarts_what_runs(swarm: Swarm, new
     assert not machine.path(APP).exists()
 
 
-def test_scripts_run_twice_and_wait_for_the_operator_if_told_so(swarm: Swarm) -> None:
+def test_scripts_run_twice_and_wait_for_the_operator_if_told_so(swarm: Swarm, newer: Path) -> None:
     machine = swarm.machine
     swarm.start()
     pid = machine.show(AGENT, "MainPID")
@@ -85,6 +93,20 @@ def test_scripts_run_twice_and_wait_for_the_operator_if_told_so(swarm: Swarm) ->
         machine.run(f"{scripts}.prerm", "upgrade", "9")
         machine.run(f"{scripts}.postinst", "configure", "0")
     assert machine.show(AGENT, "MainPID") == pid and swarm.status()["drain"] is None
+
+    # a container that comes from the newer package does not mix with this agent: systemd starts a newer one
+    old = swarm.status()
+    assert old["version"] != NEWER
+    machine.run("dpkg", "--force-confold", "--force-unsafe-io", "-i", f"/deb/{newer.name}", timeout=300)
+    assert machine.show(AGENT, "MainPID") == pid
+    machine.run("kill", "-KILL", str(old["pids"]["container"]))
+    machine.wait_for(AGENT, NRestarts="1", ActiveState="active", SubState="running")
+    status = swarm.status()
+    assert (status["version"], status["state"], status["peer_id"]) == (NEWER, "online", old["peer_id"])
+    assert any(
+        f"petals-agent {NEWER} is installed now" in str(e["MESSAGE"]) for e in machine.journal("-u", AGENT)
+    )
+    pid = machine.show(AGENT, "MainPID")
 
     setting.write_text(setting.read_text().replace("=no", "=yes"))
     machine.run(f"{scripts}.prerm", "upgrade", "9")

@@ -15,8 +15,8 @@ from harness.peer import Peer, chain
 from harness.processes import Processes, wait_until
 from harness.swarm import start_bootstrap
 
-BUSY_S = 60.0
-LOAD_S = 60.0
+BUSY_S = 40.0
+LOAD_S = 40.0
 SESSIONS = 12
 PROMPTS = (1, 3, 200, 1000)  # tokens; the long ones hold the engine up
 LIMITS = "\n".join(

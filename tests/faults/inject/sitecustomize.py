@@ -45,6 +45,19 @@ def _nan(right: Callable[..., Any], *given: Any) -> Any:
     return right(*given) * float("nan")
 
 
+def _late() -> None:
+    """Each step through the span takes long."""
+    seconds = float(os.environ["PETALS_AGENT_LATE_S"])
+    backend = _lean().LeanBackend
+    right = backend.step
+
+    def step(*given: Any) -> Any:
+        time.sleep(seconds)
+        return right(*given)
+
+    backend.step = step
+
+
 def _weights() -> None:
     import torch
 
@@ -76,6 +89,7 @@ ORDERS: dict[str, Callable[[], None]] = {
     "hang": lambda: _kernels(_hang),
     "hold": lambda: _kernels(_hold),
     "nan": lambda: _kernels(_nan),
+    "late": _late,
     "weights": _weights,
     "loop": _loop,
     "slow": _slow,
@@ -93,12 +107,10 @@ def _obey(folder: Path) -> None:
     left = dict(ORDERS)
     while True:
         for name in list(left):
-            stays = (folder / f"{name}.stay").exists()
-            if not stays:
-                try:
-                    (folder / name).unlink()
-                except FileNotFoundError:
+            if not (folder / f"{name}.stay").exists():
+                if not (folder / name).exists():
                     continue
+                (folder / name).unlink()
             left.pop(name)()
         poll.wait(_POLL_S)
 
