@@ -20,6 +20,7 @@ from petals_agent import __version__
 from petals_agent.config import config_from
 from petals_agent.container.canary import Canary
 from petals_agent.container.loading import ServedModel
+from petals_agent.container.trim import Trimmer, give_back
 from petals_agent.errors import AgentError, ContainerError
 from petals_agent.histogram import Histogram
 from petals_agent.link import messages
@@ -186,12 +187,15 @@ class Container:
         return report
 
     async def _beat(self) -> None:
-        due = time.monotonic() + BEAT_PERIOD_S
+        due, trimmer = time.monotonic() + BEAT_PERIOD_S, Trimmer()
         while True:
             await asyncio.sleep(max(due - time.monotonic(), 0.0))
             now = time.monotonic()
-            self._channel.send(self._facts(lag=now - due))
+            facts = self._facts(lag=now - due)
+            self._channel.send(facts)
             due = now + BEAT_PERIOD_S
+            if self._server and trimmer.due(facts.progress, busy=bool(facts.queued or facts.in_flight)):
+                await asyncio.to_thread(give_back)
 
     def _facts(self, lag: float) -> messages.Beat:
         server = self._server
