@@ -104,6 +104,23 @@ def test_the_level_changes_at_run_time() -> None:
     ]
 
 
+LEFT_TASK = """
+import asyncio, gc
+loop = asyncio.new_event_loop()
+task = loop.create_task(asyncio.Event().wait())
+loop.run_until_complete(asyncio.sleep(0))
+loop._ready.clear()
+del task
+gc.collect()
+"""
+
+
+@pytest.mark.parametrize("level, shown", [("info", 0), ("debug", 1)])
+def test_tasks_that_a_library_left_are_no_error(level: str, shown: int) -> None:
+    found = [line for line in lines(level, "text", LEFT_TASK) if "Task was destroyed" in line]
+    assert len(found) == shown and not any("ERROR" in line for line in found)
+
+
 def test_to_the_journal(journal: Journal) -> None:
     assert lines("info", "auto", LINES + EVENT, TEST_SOCKET=str(journal.path)) == []
     entries = journal.entries()

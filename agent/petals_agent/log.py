@@ -59,6 +59,7 @@ def setup(level: str, form: str, process: str = "agent") -> None:
             logger.setLevel(logging.NOTSET)
     logging.basicConfig(handlers=[handler], force=True)
     logging.captureWarnings(True)
+    logging.getLogger("asyncio").addFilter(_is_worth_it)
     sys.excepthook = _uncaught
     threading.excepthook = _uncaught_in_thread
     set_level(level)
@@ -69,6 +70,13 @@ def set_level(level: str) -> None:
     number = _LEVELS[level]
     _OURS.setLevel(number)
     logging.getLogger().setLevel(number if number <= logging.DEBUG else max(number, logging.WARNING))
+
+
+def _is_worth_it(record: logging.LogRecord) -> bool:
+    """hivemind leaves tasks behind when its p2pd has died, and asyncio calls each of them an error; ours are awaited."""
+    if record.getMessage().startswith("Task was destroyed but it is pending"):
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+    return logging.getLogger().isEnabledFor(record.levelno)
 
 
 class _TextFormatter(logging.Formatter):
