@@ -13,7 +13,7 @@ from petals_agent.container.trim import Trimmer
 # small pieces, freed but for the last one, which keeps the heap as large as it was
 FREED = """
 import ctypes, psutil
-from petals_agent.container.trim import give_back
+from petals_agent.models.memory import return_freed_memory
 c = ctypes.CDLL(None)
 c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 pieces = [c.malloc(1000) for _ in range(100_000)]
@@ -22,7 +22,7 @@ for piece in pieces:
 for piece in pieces[:-1]:
     c.free(piece)
 before = psutil.Process().memory_info().rss
-give_back()
+return_freed_memory()
 print((before - psutil.Process().memory_info().rss) // 2**20)
 """
 

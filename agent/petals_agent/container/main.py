@@ -20,12 +20,13 @@ from petals_agent import __version__
 from petals_agent.config import config_from
 from petals_agent.container.canary import Canary
 from petals_agent.container.loading import ServedModel
-from petals_agent.container.trim import Trimmer, give_back
+from petals_agent.container.trim import Trimmer
 from petals_agent.errors import AgentError, ContainerError
 from petals_agent.histogram import Histogram
 from petals_agent.link import messages
 from petals_agent.link.channel import Channel
 from petals_agent.log import event, set_level, setup
+from petals_agent.models.memory import return_freed_memory
 from petals_agent.p2p.attachment import Attachment
 from petals_agent.p2p.streams import StreamServer
 from petals_agent.serving.handlers import stream_handlers, unary_handlers
@@ -195,7 +196,7 @@ class Container:
             self._channel.send(facts)
             due = now + BEAT_PERIOD_S
             if self._server and trimmer.due(facts.progress, busy=bool(facts.queued or facts.in_flight)):
-                await asyncio.to_thread(give_back)
+                await asyncio.to_thread(return_freed_memory)
 
     def _facts(self, lag: float) -> messages.Beat:
         server = self._server

@@ -1,8 +1,6 @@
-"""Gives memory that was freed back to the system when the work has paused: loads and long prompts leave much of it."""
+"""When to give freed memory back to the host: in a pause, since loads and long prompts leave much of it behind."""
 
 from __future__ import annotations
-
-import ctypes
 
 
 class Trimmer:
@@ -19,10 +17,3 @@ class Trimmer:
             return False
         self._trimmed = progress
         return True
-
-
-def give_back() -> None:
-    """Ask the C library for it; takes milliseconds, in which other threads may wait for memory."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):  # GNU's has
-        library.malloc_trim(0)

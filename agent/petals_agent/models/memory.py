@@ -116,7 +116,7 @@ def _cgroup_rooms(membership: Path, root: Path) -> list[int]:
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to the host, to be called after each block loaded.
+    """Give freed memory back to the host, to be called after each block loaded; takes milliseconds.
 
     glibc keeps what was freed of weights read in the checkpoint's dtype; with it a bfloat16 span takes up to 1.7 times its size.
     """
