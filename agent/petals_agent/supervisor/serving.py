@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from petals_agent.balance.choice import choose_span
 from petals_agent.config.messages import check_span
 from petals_agent.config.schema import Config
 from petals_agent.errors import ContainerError, SwarmError
@@ -23,7 +24,6 @@ from petals_agent.supervisor.served import Caller
 from petals_agent.supervisor.states import Life, State
 from petals_agent.supervisor.tasks import first
 from petals_agent.supervisor.totals import Totals
-from petals_agent.swarm.choice import choose_span
 from petals_agent.swarm.records import ServerState
 from petals_agent.swarm.uids import block_uid
 from petals_agent.swarm.view import read_view

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals_agent.swarm.choice import choose_best_start, choose_span
+from petals_agent.balance.choice import choose_best_start, choose_span, choose_start
+from petals_agent.balance.snapshot import Server, Snapshot
 from petals_agent.swarm.records import ServerState
 
-from .test_view import A, B, C, info, view
+from .views import A, B, C, info, view
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,11 @@ def test_joining_servers_count_and_an_own_record_does_not() -> None:
     assert choose_span(seen, 2) == (6, 8)
     assert choose_span(seen, 4) == (4, 8)
     assert choose_span(seen, 4, own_peer=A) == (0, 4)
+
+
+def test_blocks_on_disk_are_preferred_among_equals_only() -> None:
+    even = Snapshot.of(8, [Server("a", 0, 8, 5.0)])
+    assert choose_start(even, 3) == (0, 3)
+    assert choose_start(even, 3, held={4, 5, 6}) == (4, 7)
+    gap = Snapshot.of(8, [Server("a", 0, 6, 5.0)])
+    assert choose_start(gap, 2, held={0, 1, 2, 3}) == (6, 8)

@@ -1,0 +1,209 @@
+"""A swarm as arrays: one reading of the DHT with what cannot be true dropped, counted and capped.
+
+The view has already hidden records that break the format. What is left may still lie: a span beyond the model, a rate
+of nothing, a rate of 10^30. The first two are dropped. A rate counts for at most `RATE_CAP` times the median, so that
+one liar can starve the blocks it claims of at most that much help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from petals_agent.swarm.records import ServerInfo, ServerState
+from petals_agent.swarm.view import SwarmView
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+RATE_CAP = 16.0  # × the median; of a thousand honest GPUs, the fastest is about 12 × the median
+RATE_FLOOR = 1e-3  # × the median; who serves slower than this is as good as nobody
+FOLLOWER = "petals-agent"  # how the `version` of a server begins that moves by this package's plan
+
+
+@dataclass(frozen=True)
+class Server:
+    """One row of a snapshot: a span [start, start + length) at `rate` tokens/s."""
+
+    peer: str
+    start: int
+    length: int
+    rate: float
+    joining: bool = False
+    relayed: bool = False
+    follows: bool = False  # moves by our plan, so others may count on it
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Who holds what, ordered by peer id; `starts`, `lengths`, `rates` and the flags have one entry a server.
+
+    Rates are tokens/s, `taken_at` is DHT time in seconds. `left` are the peers that said OFFLINE, `unread` counts block
+    keys that did not answer, `dropped` the servers whose records are not believed.
+    """
+
+    num_blocks: int
+    peers: tuple[str, ...]
+    starts: Ints
+    lengths: Ints
+    rates: Floats
+    joining: Bools
+    relayed: Bools
+    follows: Bools
+    taken_at: float = 0.0
+    left: frozenset[str] = frozenset()
+    unread: int = 0
+    dropped: int = 0
+    rows: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", {peer: row for row, peer in enumerate(self.peers)})
+
+    @classmethod
+    def of(
+        cls,
+        num_blocks: int,
+        servers: Iterable[Server],
+        *,
+        taken_at: float = 0.0,
+        left: Iterable[str] = (),
+        unread: int = 0,
+        dropped: int = 0,
+    ) -> Snapshot:
+        """Build from rows in any order; those that cannot be true are dropped and counted, high rates are capped."""
+        given = sorted(servers, key=lambda server: server.peer)
+        fits = [s for s in given if 0 <= s.start and 1 <= s.length and s.end <= num_blocks]
+        rates = np.array([s.rate for s in fits], float)
+        usable = rates[np.isfinite(rates) & (rates > 0)]
+        median = float(np.median(usable)) if len(usable) else 1.0
+        kept = [s for s in fits if s.rate > 0 and s.rate >= RATE_FLOOR * median and s.rate < np.inf]
+        return cls(
+            num_blocks,
+            tuple(s.peer for s in kept),
+            np.array([s.start for s in kept], np.int64),
+            np.array([s.length for s in kept], np.int64),
+            np.minimum(np.array([s.rate for s in kept], float), RATE_CAP * median),
+            np.array([s.joining for s in kept], bool),
+            np.array([s.relayed for s in kept], bool),
+            np.array([s.follows for s in kept], bool),
+            taken_at,
+            frozenset(left),
+            unread,
+            dropped + len(given) - len(kept),
+        )
+
+    @classmethod
+    def from_view(cls, view: SwarmView) -> Snapshot:
+        """The servers of `view` that are JOINING or ONLINE."""
+        spans = view.spans(ServerState.OFFLINE)
+        present = [span for span in spans if span.info.state is not ServerState.OFFLINE]
+        believed = [span for span in present if (span.info.end_block or 0) <= view.num_blocks]
+        servers = (
+            Server(
+                span.peer_id,
+                span.start,
+                span.length,
+                span.info.throughput,
+                joining=span.info.state is ServerState.JOINING,
+                relayed=bool(span.info.using_relay),
+                follows=follows_plan(span.info),
+            )
+            for span in believed
+        )
+        return cls.of(
+            view.num_blocks,
+            servers,
+            taken_at=view.taken_at,
+            left=(span.peer_id for span in spans if span.info.state is ServerState.OFFLINE),
+            unread=len(view.unread),
+            dropped=len(present) - len(believed),
+        )
+
+    def __len__(self) -> int:
+        return len(self.peers)
+
+    def server(self, row: int) -> Server:
+        """One row as an object."""
+        return Server(
+            self.peers[row],
+            int(self.starts[row]),
+            int(self.lengths[row]),
+            float(self.rates[row]),
+            bool(self.joining[row]),
+            bool(self.relayed[row]),
+            bool(self.follows[row]),
+        )
+
+    def having(self, server: Server) -> Snapshot:
+        """This snapshot with `server` in place of what the DHT says of it: of itself, a server knows better."""
+        row = self.rows.get(server.peer)
+        if row is not None and self.server(row) == server:
+            return self
+        others = [self.server(i) for i in range(len(self)) if i != row]
+        return Snapshot.of(
+            self.num_blocks,
+            [*others, server],
+            taken_at=self.taken_at,
+            left=self.left - {server.peer},
+            unread=self.unread,
+            dropped=self.dropped,
+        )
+
+    def without(self, peer: str) -> Snapshot:
+        """This snapshot without one server."""
+        row = self.rows.get(peer)
+        if row is None:
+            return self
+        rest = np.arange(len(self)) != row
+        return replace(
+            self,
+            peers=tuple(p for p in self.peers if p != peer),
+            **{
+                name: getattr(self, name)[rest]
+                for name in ("starts", "lengths", "rates", "joining", "relayed", "follows")
+            },
+        )
+
+    @cached_property
+    def inside(self) -> Bools:
+        """(servers, blocks): whether the server's span contains the block."""
+        blocks = np.arange(self.num_blocks)
+        return (blocks >= self.starts[:, None]) & (blocks < (self.starts + self.lengths)[:, None])
+
+    @cached_property
+    def throughput(self) -> Floats:
+        """(blocks,): the summed rate of each block's servers, those that are JOINING included."""
+        return self.sums(self.rates)
+
+    @cached_property
+    def fair(self) -> float:
+        """Σ rate·length ÷ blocks: each block's throughput if the swarm could be spread like a fluid, tokens/s."""
+        return float(self.rates @ self.lengths) / self.num_blocks
+
+    @property
+    def quality(self) -> float:
+        """The weakest block's throughput as a share of `fair`; 0 in an empty swarm."""
+        return float(self.throughput.min()) / self.fair if self.fair > 0 else 0.0
+
+    def holders(self, rows: Bools | None = None) -> Ints:
+        """(blocks,): how many servers hold each block; `rows` selects which of them count."""
+        weights = np.ones(len(self)) if rows is None else rows.astype(float)
+        return np.rint(self.sums(weights)).astype(np.int64)
+
+    def sums(self, weights: Floats) -> Floats:
+        """(blocks,): the sum of `weights` over the servers of each block, in peer order."""
+        return np.asarray(weights @ self.inside, dtype=float)
+
+
+def follows_plan(info: ServerInfo) -> bool:
+    """Whether a server moves by this package's plan, by its version; all others are taken to stay where they are."""
+    return (info.version or "").startswith(FOLLOWER)
