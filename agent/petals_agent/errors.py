@@ -9,6 +9,7 @@ AgentError
 │   ├── DaemonError       p2pd did not start or does not answer
 │   └── IdentityTaken     another live peer uses our identity
 ├── ContainerError        the serving process died or answered nonsense
+├── PluginError           a plugin cannot be loaded, or failed in a call
 ├── RequestError          a peer asked for what it must not or cannot have
 │   ├── LimitExceeded     a length, size or count beyond what is served
 │   ├── CacheFull         no room for another session
@@ -61,6 +62,10 @@ class IdentityTaken(SwarmError):
 
 class ContainerError(AgentError):
     code = "container"
+
+
+class PluginError(AgentError):
+    code = "plugin"
 
 
 class RequestError(AgentError):
