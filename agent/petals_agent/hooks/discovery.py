@@ -1,0 +1,150 @@
+"""Finds plugins without running their code: entry points of installed packages, and single files in the plugin folders."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Literal
+
+from petals_agent.errors import PluginError
+
+GROUP = "petals_agent.plugins"
+MAX_BYTES = 2**20  # of a file
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+_RESERVED = ("enabled", "dirs", "timeout")  # keys of [plugins]
+_NO_PLUGINS = ("_", ".", "test_", "conftest.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the code of a plugin is: a module's name, or a file's path."""
+
+    name: str
+    kind: Literal["module", "file"]
+    where: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that looks like a plugin and is not taken; `reason` says what to do about it."""
+
+    name: str
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """Sources in the order in which their hooks are asked: entry points by name, then files by folder and name."""
+
+    sources: tuple[Source, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+
+
+def discover(dirs: Sequence[Path]) -> Found:
+    """All plugins of this host; a folder that is not there holds none. Reads the disk, so call it in a thread."""
+    sources: dict[str, Source] = {}
+    refusals: list[Refusal] = []
+    for source in (*_installed(entry_points(group=GROUP), refusals), *_files(dirs, refusals)):
+        if (first := sources.get(source.name)) is not None:
+            reason = f"{first.where} has this name already; rename one of them"
+            refusals.append(Refusal(source.name, source.where, reason))
+        else:
+            sources[source.name] = source
+    return Found(tuple(sources.values()), tuple(refusals))
+
+
+def read_source(path: Path) -> bytes:
+    """The code of a single-file plugin. Raises PluginError for a file that others could have written.
+
+    What is checked and what is read are one open file, so nobody can exchange it in between.
+    """
+    _check_folder(path.parent)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        if path.is_symlink():
+            raise PluginError(f"{path} is a symbolic link; put the file itself there") from None
+        raise PluginError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise PluginError(f"{path} is no plain file; a plugin is one, or an installed package")
+        _check_owner(path, status, "0644")
+        with open(handle, "rb", closefd=False) as file:
+            code = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise PluginError(f"{path} cannot be read: {error.strerror}") from None
+    finally:
+        os.close(handle)
+    if len(code) > MAX_BYTES:
+        raise PluginError(f"{path} is larger than {MAX_BYTES} bytes; make it an installed package")
+    return code
+
+
+def _installed(points: Iterable[EntryPoint], refusals: list[Refusal]) -> Iterable[Source]:
+    for point in sorted(set(points), key=lambda point: (point.name, point.value)):
+        if reason := _bad_name(point.name):
+            refusals.append(Refusal(point.name, point.value, reason))
+        elif point.attr:
+            reason = f"its entry point names something in a module; name the module itself: {point.module}"
+            refusals.append(Refusal(point.name, point.value, reason))
+        else:
+            yield Source(point.name, "module", point.module)
+
+
+def _files(dirs: Sequence[Path], refusals: list[Refusal]) -> Iterable[Source]:
+    for folder in dirs:
+        try:
+            names = sorted(os.listdir(folder))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            refusals.append(Refusal("", str(folder), f"the folder cannot be listed: {error.strerror}"))
+            continue
+        for name in names:
+            if not name.endswith(".py") or name.startswith(_NO_PLUGINS):
+                continue
+            stem, path = name.removesuffix(".py"), folder / name
+            reason = _bad_name(stem)
+            try:
+                read_source(path)
+            except PluginError as error:
+                reason = str(error)
+            if reason:
+                refusals.append(Refusal(stem, str(path), reason))
+            else:
+                yield Source(stem, "file", str(path))
+
+
+def _bad_name(name: str) -> str:
+    if name in _RESERVED:
+        return f"[plugins] has a key {name}; call it otherwise"
+    if not _NAME.fullmatch(name):
+        return "a plugin's name begins with a letter and has letters, digits, - and _, 64 at most; rename it"
+    return ""
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        _check_owner(folder, os.stat(folder), "0755")
+    except OSError as error:
+        raise PluginError(f"{folder} cannot be read: {error.strerror}") from None
+
+
+def _check_owner(path: Path, status: os.stat_result, mode: str) -> None:
+    """Code that runs with our rights may be written by root and us only."""
+    if status.st_uid not in (0, os.geteuid()):
+        raise PluginError(
+            f"{path} belongs to user {status.st_uid}, neither root nor the agent's; `chown root {path}` if you trust it"
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        who = "everybody" if status.st_mode & stat.S_IWOTH else "its group"
+        raise PluginError(
+            f"{path} can be written by {who}; `chmod {mode} {path}` after a look at what it holds"
+        )
