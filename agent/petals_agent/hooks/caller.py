@@ -1,0 +1,369 @@
+"""The agent's way to its plugins: asks them for a hook one after the other, and outlives everything that they do."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import Counter
+from typing import Any
+
+from petals_agent.config.messages import Mistake
+from petals_agent.config.schema import Config
+from petals_agent.errors import PluginError
+from petals_agent.hooks import messages
+from petals_agent.hooks.blame import Turns
+from petals_agent.hooks.discovery import Source, discover
+from petals_agent.hooks.outcome import Failure, Given, Kind, Outcome, PluginState
+from petals_agent.hooks.process import START_TIMEOUT_S, CallFailed, PluginProcess, StuckLoading
+from petals_agent.hooks.signatures import READING, SIGNATURES, Answer
+from petals_agent.hooks.tables import mistakes, stray_tables, table_json
+from petals_agent.hooks.values import Reading
+from petals_agent.link.channel import MAX_MESSAGE
+from petals_agent.log import event
+
+log = logging.getLogger("petals_agent.plugins")
+
+FAILURES_IN_A_ROW = 3  # then a plugin is disabled until a reload
+_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the next host, by how many ended soon
+_STEADY_S = 60.0
+_STOP_S = 1.0
+_ENVELOPE = 4096  # bytes of a message beside its arguments
+_PATIENCE_S = 10.0  # for a host that is about to start
+
+
+class PluginCaller:
+    """`start`, then `call` and `look` as often as needed, `reload`, `stop`. Without plugins no process is started.
+
+    What a failure means is for the caller to decide: `Outcome.failures` names who did not answer, e.g. nothing moves
+    when a `before_rebalance` failed. A call takes at most `plugins.timeout` for each plugin that has the hook; as long
+    again for one that is busy, and 10 s more while the host is being replaced.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._take(config)
+        self._keeping: asyncio.Task[None] | None = None
+        self._changed = asyncio.Condition()
+
+    def _take(self, config: Config) -> None:
+        self._config = config
+        self._timeout = config.plugins.timeout
+        self._states: dict[str, PluginState] = {}
+        self._order: dict[str, list[str]] = {}
+        self._sources: tuple[Source, ...] = ()
+        self._turns = Turns()
+        self._host: PluginProcess | None = None
+        self._condemned = False  # a plugin hangs in the host
+        self._victims: frozenset[str] | None = None  # who was in it when it ended
+        self._stopping = False
+        self._resting = False  # the next host will not be there soon
+        self._probes_asked_with: dict[str, bytes] | None = None
+        self._probes_known: set[str] = set()  # plugins that this host has asked for their probes
+        self.failures: Counter[tuple[str, str, str]] = Counter()
+        """Plugin, hook and kind of each failure, with its count; for metrics."""
+        self.mistakes: tuple[Mistake, ...] = ()
+        """What is wrong with the plugins' tables."""
+        self.warnings: tuple[str, ...] = ()
+        """Tables that belong to no plugin."""
+
+    @property
+    def plugins(self) -> tuple[PluginState, ...]:
+        """All that were found, in the order of loading, then those that were refused at once."""
+        return tuple(self._states.values())
+
+    @property
+    def pid(self) -> int | None:
+        """Of the plugin host, if one runs."""
+        return self._host.process.pid if self._host is not None else None
+
+    def asked(self, hook: str) -> list[str]:
+        """The plugins that are asked for `hook` now, first to last."""
+        return [name for name in self._order.get(hook, ()) if self._states[name].state == "ready"]
+
+    async def start(self) -> None:
+        """Find and load the plugins; returns when each is ready or refused, and never raises for one."""
+        if not self._config.plugins.enabled:
+            return
+        found = await asyncio.to_thread(discover, self._config.plugins.dirs)
+        self._sources = found.sources
+        for source in found.sources:
+            self._states[source.name] = PluginState(source.name, source.where)
+        for refusal in found.refusals:
+            name = refusal.name if refusal.name not in self._states else refusal.where
+            self._states[name] = PluginState(name, refusal.where, (), "refused", refusal.reason)
+            self._warn_refused(self._states[name])
+        self.warnings = tuple(stray_tables(self._config, [source.name for source in found.sources]))
+        for warning in self.warnings:
+            log.warning("%s", warning)
+        if found.sources:
+            self._keeping = asyncio.create_task(self._keep(), name="plugin host")
+            await self._wait_until_up(START_TIMEOUT_S + self._timeout * len(found.sources))
+
+    async def stop(self) -> None:
+        """End the plugin host; whoever is being asked is not to blame for it. Nobody is asked from then on."""
+        self._order = {}
+        self._stopping = True
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
+            self._keeping = None
+
+    async def reload(self, config: Config) -> None:
+        """Begin anew with another configuration: plugins are looked for again, disabled ones get another chance."""
+        await self.stop()
+        self._take(config)
+        await self.start()
+
+    def set_log_level(self, level: str) -> None:
+        """As log.set_level, in the plugin host."""
+        if self._host is not None:
+            self._host.tell(messages.SetLog.model_validate({"level": level}))
+
+    # --- asking
+
+    async def call(self, hook: str, **values: Any) -> Outcome:
+        """Ask every plugin that has `hook`, or until one answers where the first result counts.
+
+        Raises KeyError or TypeError for a hook or values that the specs do not have, and nothing for what plugins do.
+        """
+        signature = SIGNATURES[hook]
+        arguments = signature.pack(values)
+        if hook == "health_probes":
+            self._probes_asked_with = arguments
+        given: list[Given] = []
+        failures: list[Failure] = []
+        for name in self.asked(hook):
+            value = await self._ask(name, hook, arguments)
+            if isinstance(value, Failure):
+                failures.append(value)
+            elif value is not None:
+                given.append(Given(name, value))
+                if signature.first_result:
+                    break
+        return Outcome(tuple(given), tuple(failures))
+
+    async def look(self, plugin: str, probe: str, timeout: float) -> Reading:
+        """Look once through a plugin's probe; `not_applicable` when the plugin fails, since that is no illness of ours."""
+        state = self._states.get(plugin)
+        if state is None or state.state != "ready" or self._stopping:
+            return Reading("not_applicable", f"plugin {plugin} is not in use")
+        value = await self._ask(plugin, f"probe {probe}", None, probe, timeout)
+        return value if isinstance(value, Reading) else Reading("not_applicable", str(value)[:1000])
+
+    async def _ask(
+        self,
+        plugin: str,
+        hook: str,
+        arguments: dict[str, bytes] | None,
+        probe: str = "",
+        timeout: float | None = None,
+    ) -> Any:
+        """One plugin's answer, or its Failure."""
+        limit = self._timeout if timeout is None else timeout
+        if arguments is not None and sum(map(len, arguments.values())) > MAX_MESSAGE - _ENVELOPE:
+            return self._failed(plugin, hook, "lost", "what it would be told is too large to be sent")
+        try:
+            async with asyncio.timeout(self._timeout + (0.0 if self._resting else _PATIENCE_S)):
+                host = await self._turn(plugin)
+        except TimeoutError:
+            return self._failed(plugin, hook, "lost", "it was busy, or the plugin host was not there")
+        self._states[plugin].calls += 1
+        answer: Answer
+        try:
+            if arguments is not None:
+                answer = SIGNATURES[hook].answer
+                if hook == "health_probes":
+                    self._probes_known.add(plugin)
+                value = answer.read(await host.call(plugin, hook, arguments, limit))
+            else:
+                answer = READING
+                await self._know_probes(host, plugin)
+                value = answer.read(await host.look(plugin, probe, limit))
+        except TimeoutError:
+            return self._late(plugin, hook, limit)
+        except CallFailed as error:
+            return self._failed(plugin, hook, error.kind, str(error))
+        except PluginError as error:
+            if host.gone.done():
+                return self._died(plugin, hook, str(error))
+            return self._failed(plugin, hook, "junk", str(error))
+        else:
+            self._states[plugin].in_a_row = 0
+            self._turns.clear(plugin)
+            return value
+        finally:
+            self._turns.end(plugin)
+            await self._tell_change()
+
+    async def _know_probes(self, host: PluginProcess, plugin: str) -> None:
+        """A host that replaced another asks for the probes again before it looks through one."""
+        if plugin not in self._probes_known and self._probes_asked_with is not None:
+            await host.call(plugin, "health_probes", self._probes_asked_with, self._timeout)
+            self._probes_known.add(plugin)
+
+    async def _turn(self, plugin: str) -> PluginProcess:
+        """Wait until the plugin may be called, and begin."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._up() and self._turns.free(plugin))
+            self._turns.begin(plugin)
+        assert self._host is not None
+        return self._host
+
+    # --- failures
+
+    def _late(self, plugin: str, hook: str, limit: float) -> Failure:
+        reason = f"no answer within {limit:g} s"
+        if self._condemned:  # another one hangs, and may be what held this one up
+            self._turns.suspect(frozenset({plugin}))
+            return self._failed(plugin, hook, "lost", reason + ", in a host that another plugin hangs in")
+        self._condemned = True
+        return self._failed(plugin, hook, "late", reason)
+
+    def _died(self, plugin: str, hook: str, reason: str) -> Failure:
+        if self._stopping:
+            return self._failed(plugin, hook, "lost", "the plugins are being stopped")
+        if self._victims is None:  # the first one to notice; they leave one by one
+            self._victims = frozenset(self._turns.running)
+        if len(self._victims) > 1:
+            self._turns.suspect(self._victims)
+            return self._failed(plugin, hook, "lost", f"{reason} with {len(self._victims)} plugins in it")
+        return self._failed(plugin, hook, "died", reason)
+
+    def _failed(self, plugin: str, hook: str, kind: Kind, reason: str) -> Failure:
+        failure = Failure(plugin, hook, kind, reason)
+        self.failures[plugin, hook, kind] += 1
+        state = self._states[plugin]
+        if kind != "lost":
+            state.failures += 1
+            state.in_a_row += 1
+        log.warning(
+            "%s",
+            failure,
+            extra=event(
+                "plugin", plugin=plugin, hook=hook, kind=kind, reason=reason, failures=state.in_a_row
+            ),
+        )
+        if state.in_a_row >= FAILURES_IN_A_ROW and state.state == "ready":
+            self._disable(state, f"it failed {state.in_a_row} times in a row, the last time: {reason}")
+        return failure
+
+    def _disable(self, state: PluginState, reason: str) -> None:
+        state.state, state.reason = "disabled", reason
+        log.warning(
+            "plugin %s is disabled until a reload: %s",
+            state.name,
+            reason,
+            extra=event("plugin_disabled", plugin=state.name, reason=reason),
+        )
+
+    def _warn_refused(self, state: PluginState) -> None:
+        log.warning(
+            "plugin %s is not used: %s",
+            state.name,
+            state.reason,
+            extra=event("plugin_refused", plugin=state.name, reason=state.reason),
+        )
+
+    # --- the host
+
+    def _up(self) -> bool:
+        return self._host is not None and not self._host.gone.done() and not self._condemned
+
+    async def _tell_change(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _wait_until_up(self, timeout: float) -> None:
+        keeping = self._keeping
+        assert keeping is not None
+        try:
+            async with asyncio.timeout(timeout), self._changed:
+                await self._changed.wait_for(lambda: self._up() or keeping.done())
+        except TimeoutError:
+            log.warning("the plugin host did not start within %g s; it is tried again", timeout)
+
+    def _usable(self) -> list[Source]:
+        return [source for source in self._sources if self._states[source.name].state == "ready"]
+
+    async def _keep(self) -> None:
+        """Keep a host with all usable plugins until cancelled, or until no plugin is left."""
+        ended_soon = itertools.count()
+        pause = 0.0
+        try:
+            while self._usable():
+                self._resting = pause > 1.0
+                await asyncio.sleep(pause)
+                self._resting = False
+                began = time.monotonic()
+                how = await self._one_host()
+                if time.monotonic() - began > _STEADY_S:
+                    ended_soon = itertools.count()
+                pause = _PAUSES_S[min(next(ended_soon), len(_PAUSES_S) - 1)]
+                if self._usable():
+                    log.warning(
+                        "%s; the next one starts in %g s",
+                        how,
+                        pause,
+                        extra=event("plugin_host", reason=how, pause_s=pause),
+                    )
+        finally:
+            await self._tell_change()
+
+    async def _one_host(self) -> str:
+        """From start to end of one host; says how it ended."""
+        host = None
+        try:
+            host = await PluginProcess.start(self._config.log.level, self._config.log.format)
+            await self._load(host)
+            if not self._usable():
+                return "no plugin is left to be used"
+            self._host, self._condemned, self._victims = host, False, None
+            self._probes_known = set()
+            await self._tell_change()
+            async with self._changed:
+                gone = asyncio.create_task(self._tell_when_gone(host))
+                await self._changed.wait_for(
+                    lambda: host.gone.done() or (self._condemned and not self._turns.running)
+                )
+                gone.cancel()
+            return f"the plugin host ended ({host.gone.result()})" if host.gone.done() else "a plugin hung"
+        except StuckLoading as error:
+            self._disable(self._states[error.plugin], str(error))
+            return f"plugin {error.plugin} could not be loaded"
+        except PluginError as error:
+            return str(error)
+        finally:
+            self._host = None
+            if host is not None:
+                # a hung plugin takes no notice of a request
+                await (host.kill() if self._condemned or host.gone.done() else host.stop(_STOP_S))
+
+    async def _tell_when_gone(self, host: PluginProcess) -> None:
+        await asyncio.wait({host.gone})
+        await self._tell_change()
+
+    async def _load(self, host: PluginProcess) -> None:
+        tables = self._config.plugins.tables
+        wanted = [
+            messages.PluginSource(
+                name=source.name,
+                kind=source.kind,
+                where=source.where,
+                table=table_json(tables.get(source.name)),
+            )
+            for source in self._usable()
+        ]
+        loaded = await host.load(wanted, self._timeout)
+        self._order = loaded.order
+        for report in loaded.plugins:
+            state = self._states[report.name]
+            state.hooks = tuple(report.hooks)
+            if report.problem is not None:
+                wrong = mistakes(self._config, report.name, report.wrong_keys)
+                self.mistakes += tuple(wrong)
+                state.state = "refused"
+                state.reason = "; ".join(map(str, wrong)) or report.problem
+                self._warn_refused(state)
+        names = ", ".join(source.name for source in self._usable())
+        log.info("plugins loaded: %s", names or "none", extra=event("plugin_host", plugins=names))
