@@ -22,6 +22,7 @@ from petals_agent.cli import (
     generate_command,
     operate_commands,
     plan_command,
+    plugins_command,
     post_stop_command,
 )
 from petals_agent.errors import AgentError, SwarmError
@@ -45,6 +46,7 @@ SetOption = Annotated[
 
 
 app.add_typer(config_commands.app, name="config")
+app.add_typer(plugins_command.app, name="plugins")
 app.command()(generate_command.generate)
 app.command()(demo_command.demo)
 app.command()(post_stop_command.post_stop)
