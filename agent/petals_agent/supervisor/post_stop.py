@@ -23,7 +23,7 @@ log = logging.getLogger("petals_agent.post_stop")
 
 TIMEOUT_S = 12.0
 _START_TIMEOUT_S = 6.0
-_STORE_TIMEOUT_S = 4.0
+_STORE_TIMEOUT_S = 8.0  # peers that have gone too cost 2 s each, on a busy machine one after the other
 _WAIT_S = 2.0  # for one peer; the dead one that we speak for is among them
 
 
