@@ -38,6 +38,11 @@ WRONG = {
 FATAL = {
     "dies": ("died", "os._exit(3)", "the plugin host ended (exit status 3)"),
     "is killed": ("died", "os.kill(os.getpid(), 9)", "killed by signal 9"),
+    "speaks on the link": (
+        "died",
+        "[os.write(int(fd), b'y' * 9) for fd in os.listdir('/proc/self/fd') if is_socket(int(fd))]",
+        "bytes came over the link",
+    ),
     "hangs": ("late", "time.sleep(1000)", "no answer within 2 s"),
     "spins": ("late", "[0 for _ in iter(int, 1)]", "no answer within 2 s"),
 }
@@ -70,7 +75,8 @@ async def test_one_takes_its_host_along_and_the_next_answers(
     folder: Folder, start: Start, fatal: str
 ) -> None:
     kind, code, reason = FATAL[fatal]
-    folder.add("bad", f"@hookimpl\ndef before_rebalance(plan):\n    {code}\n")
+    sockets = "def is_socket(fd): return os.path.exists(p := f'/proc/self/fd/{fd}') and 'socket' in os.readlink(p)\n"
+    folder.add("bad", f"{sockets}@hookimpl\ndef before_rebalance(plan):\n    {code}\n")
     folder.add("good", GOOD)
     caller = await start(folder.config(timeout=HANGS_S))
     host = caller.pid
