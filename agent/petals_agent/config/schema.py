@@ -255,9 +255,9 @@ class Config(Section):
         """Where the agent keeps what must outlive it: beside its identity, so that two agents never share it."""
         return self.swarm.identity.parent
 
-    def origin(self, key: str) -> Origin:
-        """Where "section.key" was set, for error messages."""
-        return self._origins.get(tuple(key.split(".")), DEFAULT)
+    def origin(self, key: str, *names: str) -> Origin:
+        """Where "section.key" was set, for error messages; `names` of tables in it may hold dots."""
+        return self._origins.get((*key.split("."), *names), DEFAULT)
 
     @model_validator(mode="after")
     def _dtype_is_possible(self) -> Config:

@@ -81,9 +81,9 @@ class Care:
         return replace(probe, **table.model_dump(exclude_none=True)) if table is not None else probe
 
     def _check_names(self, config: Config, known: Sequence[str]) -> None:
-        for name in self._config.probes:
+        for name, table in self._config.probes.items():
             if name not in known:
-                origin = config.origin(f"health.probes.{name}")
+                origin = config.origin("health.probes", name, *sorted(table.model_fields_set)[:1])
                 raise ConfigError(
                     f'{origin}: health.probes."{name}": there is no such probe; there are {", ".join(known)}'
                 )
