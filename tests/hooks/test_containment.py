@@ -252,6 +252,35 @@ async def test_stop_does_not_wait_for_a_plugin(folder: Folder, start: Start) -> 
     assert [one.kind for one in (await asking).failures] == ["lost"]
 
 
+async def test_calls_during_a_reload_are_answered_by_the_new_plugins(folder: Folder, start: Start) -> None:
+    """One is being asked and fails; those that come while plugins are looked for wait, since nobody's answer is no answer."""
+    folder.add("hangs", "@hookimpl\ndef before_rebalance(plan):\n    time.sleep(1000)\n")
+    caller = await start(folder.config(timeout=100.0))
+    first = asyncio.create_task(ask(caller))
+    waits = asyncio.create_task(ask(caller))
+    await until(lambda: caller.plugins[0].calls == 1)
+    (folder.path / "hangs.py").unlink()
+    folder.add("good", GOOD)
+    reload = asyncio.create_task(caller.reload(folder.config()))
+    await asyncio.sleep(0)
+    during = asyncio.create_task(ask(caller))
+    await reload
+    assert [failure.kind for failure in (await first).failures] == ["lost"]
+    assert [failure.kind for failure in (await waits).failures] == ["lost"]
+    assert (await during).by == "good"
+
+
+async def test_before_the_plugins_are_known_each_may_have_the_hook(folder: Folder, start: Start) -> None:
+    """A move must not slip through because the plugin host was slow to start."""
+    folder.add("good", GOOD)
+    folder.add("other", "@hookimpl\ndef on_start(): pass\n")
+    caller = await start()
+    caller._order = None
+    assert caller.asked("before_rebalance") == ["good", "other"]
+    assert (await ask(caller)).by == "good"
+    assert await caller.call("on_recovered", **ARGUMENTS["on_recovered"]) == Outcome()
+
+
 async def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not condition():

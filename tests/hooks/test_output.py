@@ -17,11 +17,11 @@ FLOOD = """
     log = logging.getLogger(__name__)
     @hookimpl
     def on_start(config):
-        print("x" * 200_000_000)
-        for number in range(300_000):
+        print("x" * 100_000_000)
+        for number in range(50_000):
             print(f"line {number} of a flood")
             sys.stderr.write("and ")
-        for number in range(1000):
+        for number in range(200):
             log.warning("logged %d", number)
             os.write(1, b"raw line\\n" * 100)
 """

@@ -45,12 +45,14 @@ class PluginCaller:
         self._take(config)
         self._keeping: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
+        self._asking = 0  # how many wait for a plugin
+        self._settled = asyncio.Event()  # not while plugins are looked for
 
     def _take(self, config: Config) -> None:
         self._config = config
         self._timeout = config.plugins.timeout
         self._states: dict[str, PluginState] = {}
-        self._order: dict[str, list[str]] = {}
+        self._order: dict[str, list[str]] | None = None  # not known before they are loaded
         self._sources: tuple[Source, ...] = ()
         self._turns = Turns()
         self._host: PluginProcess | None = None
@@ -79,12 +81,18 @@ class PluginCaller:
 
     def asked(self, hook: str) -> list[str]:
         """The plugins that are asked for `hook` now, first to last."""
-        return [name for name in self._order.get(hook, ()) if self._states[name].state == "ready"]
+        usable = [source.name for source in self._usable()]
+        if self._order is None:
+            return usable  # any of them may have it
+        return [name for name in self._order.get(hook, ()) if name in usable]
 
     async def start(self) -> None:
         """Find and load the plugins; returns when each is ready or refused, and never raises for one."""
-        if not self._config.plugins.enabled:
-            return
+        if self._config.plugins.enabled:
+            await self._find_and_load()
+        self._settled.set()
+
+    async def _find_and_load(self) -> None:
         found = await asyncio.to_thread(discover, self._config.plugins.dirs)
         self._sources = found.sources
         for source in found.sources:
@@ -108,9 +116,16 @@ class PluginCaller:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
             self._keeping = None
+        async with self._changed:
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: not self._asking)
 
     async def reload(self, config: Config) -> None:
-        """Begin anew with another configuration: plugins are looked for again, disabled ones get another chance."""
+        """Begin anew with another configuration: plugins are looked for again, disabled ones get another chance.
+
+        Who calls meanwhile waits for the new ones.
+        """
+        self._settled.clear()
         await self.stop()
         self._take(config)
         await self.start()
@@ -133,6 +148,7 @@ class PluginCaller:
             self._probes_asked_with = arguments
         given: list[Given] = []
         failures: list[Failure] = []
+        await self._settled.wait()
         for name in self.asked(hook):
             value = await self._ask(name, hook, arguments)
             if isinstance(value, Failure):
@@ -145,9 +161,7 @@ class PluginCaller:
 
     async def look(self, plugin: str, probe: str, timeout: float) -> Reading:
         """Look once through a plugin's probe; `not_applicable` when the plugin fails, since that is no illness of ours."""
-        state = self._states.get(plugin)
-        if state is None or state.state != "ready" or self._stopping:
-            return Reading("not_applicable", f"plugin {plugin} is not in use")
+        await self._settled.wait()
         value = await self._ask(plugin, f"probe {probe}", None, probe, timeout)
         return value if isinstance(value, Reading) else Reading("not_applicable", str(value)[:1000])
 
@@ -160,7 +174,18 @@ class PluginCaller:
         timeout: float | None = None,
     ) -> Any:
         """One plugin's answer, or its Failure."""
-        limit = self._timeout if timeout is None else timeout
+        if plugin not in [source.name for source in self._usable()]:
+            return Failure(plugin, hook, "lost", "it is not in use")
+        self._asking += 1
+        try:
+            return await self._ask_in_turn(plugin, hook, arguments, probe, timeout or self._timeout)
+        finally:
+            self._asking -= 1
+            await self._tell_change()
+
+    async def _ask_in_turn(
+        self, plugin: str, hook: str, arguments: dict[str, bytes] | None, probe: str, limit: float
+    ) -> Any:
         if arguments is not None and sum(map(len, arguments.values())) > MAX_MESSAGE - _ENVELOPE:
             return self._failed(plugin, hook, "lost", "what it would be told is too large to be sent")
         try:
@@ -168,6 +193,8 @@ class PluginCaller:
                 host = await self._turn(plugin)
         except TimeoutError:
             return self._failed(plugin, hook, "lost", "it was busy, or the plugin host was not there")
+        if host is None:
+            return self._failed(plugin, hook, "lost", "the plugins are being stopped")
         self._states[plugin].calls += 1
         answer: Answer
         try:
@@ -194,7 +221,6 @@ class PluginCaller:
             return value
         finally:
             self._turns.end(plugin)
-            await self._tell_change()
 
     async def _know_probes(self, host: PluginProcess, plugin: str) -> None:
         """A host that replaced another asks for the probes again before it looks through one."""
@@ -202,13 +228,13 @@ class PluginCaller:
             await host.call(plugin, "health_probes", self._probes_asked_with, self._timeout)
             self._probes_known.add(plugin)
 
-    async def _turn(self, plugin: str) -> PluginProcess:
-        """Wait until the plugin may be called, and begin."""
+    async def _turn(self, plugin: str) -> PluginProcess | None:
+        """Wait until the plugin may be called, and begin; None when all are being stopped."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._up() and self._turns.free(plugin))
-            self._turns.begin(plugin)
-        assert self._host is not None
-        return self._host
+            await self._changed.wait_for(lambda: self._stopping or (self._up() and self._turns.free(plugin)))
+            if not self._stopping:
+                self._turns.begin(plugin)
+            return None if self._stopping else self._host
 
     # --- failures
 
@@ -284,6 +310,7 @@ class PluginCaller:
             log.warning("the plugin host did not start within %g s; it is tried again", timeout)
 
     def _usable(self) -> list[Source]:
+        """Those that are neither refused nor disabled."""
         return [source for source in self._sources if self._states[source.name].state == "ready"]
 
     async def _keep(self) -> None:

@@ -90,7 +90,11 @@ class Host:
     def _call(self, message: messages.Call) -> None:
         signature = SIGNATURES[message.hook]
         given = signature.unpack(message.arguments)
-        function, taken = self._plugins.function(message.plugin, message.hook)
+        try:
+            function, taken = self._plugins.function(message.plugin, message.hook)
+        except LookupError:  # it was asked before the agent knew its hooks
+            self._channel.send(messages.Returned(id=message.id, value=b"null"))
+            return
 
         def write(value: Any) -> bytes:
             text = signature.answer.write(value)
