@@ -64,6 +64,7 @@ class Simulator:
         self.qualities: list[float] = []  # one a minute, of the live servers
         self.nodes: dict[str, Node] = {}
         self._rng = random.Random(seed)
+        self._fate = random.Random(seed)  # of churn: the same whatever rule the servers follow
         self._settings = settings or Settings()
         self._churn = churn_per_minute
         self._records: dict[str, Server] = {}  # what the DHT holds; a dead server's stay until they expire
@@ -115,6 +116,13 @@ class Simulator:
         """A server dies without a word; its records stay until they expire."""
         dead = self.nodes.pop(peer).server
         self.after(self._rng.uniform(EXPIRY_S / 2, EXPIRY_S), lambda: self._expire(dead))
+
+    def leave(self, peer: str) -> None:
+        """A server stops in good order: its records say OFFLINE."""
+        del self.nodes[peer]
+        self._records.pop(peer, None)
+        self._left |= {peer}
+        self._publish()
 
     def hide(self, peers: Iterable[str]) -> None:
         """The DHT's holders of these records leave: nobody sees them until `hide(())`."""
@@ -219,22 +227,18 @@ class Simulator:
     def _each_minute(self) -> None:
         self.qualities.append(self.truth().quality)
         self.after(60.0, self._each_minute)
-        if self._churn:
-            for peer in [peer for peer in self.nodes if self._rng.random() < self._churn]:
-                ours = self.nodes[peer].ours
-                if self._rng.random() < 0.5:
-                    self.kill(peer)
-                else:
-                    self.nodes.pop(peer)
-                    self._records.pop(peer, None)
-                    self._left |= {peer}
-                    self._publish()
-                self._born += 1
-                name = f"born{self._born:05d}"
-                length, rate = random_size(self._rng, self.blocks)
-                self.after(
-                    self._rng.random() * 60,
-                    lambda name=name, length=length, rate=rate, ours=ours: self.join(
-                        name, length, rate, ours
-                    ),
-                )
+        for peer in sorted(self.nodes) if self._churn else ():
+            if self._fate.random() < self._churn:
+                self._replace(peer)
+
+    def _replace(self, peer: str) -> None:
+        """One server leaves, every other time without a word, and within a minute another comes."""
+        ours = self.nodes[peer].ours
+        if self._fate.random() < 0.5:
+            self.kill(peer)
+        else:
+            self.leave(peer)
+        self._born += 1
+        name = f"born{self._born:05d}"
+        length, rate = random_size(self._fate, self.blocks)
+        self.after(self._fate.random() * 60, lambda: self.join(name, length, rate, ours))

@@ -12,6 +12,7 @@ For a large swarm all servers' best single moves are ranked by gain.
 
 Gain is what moves add to the slowest block as a share of what the moved servers give each block at best:
 Δ(min T) ÷ Σ (rate·length ÷ blocks). Of a single move it is taken from the soft minimum, −fair/β·log Σ exp(−β·T ÷ fair).
+Each block that gets its first holder adds 1.
 """
 
 from __future__ import annotations
@@ -93,6 +94,12 @@ def spans_worth(worth: Floats, lengths: Ints) -> Floats:
     return found
 
 
+def best_starts(values: Floats) -> Ints:
+    """(runs,): the first start with the highest value; what differs by rounding only is a tie."""
+    tied = values >= values.max(axis=1, keepdims=True) * (1 - 1e-11)
+    return np.asarray(tied.argmax(axis=1), dtype=np.int64)
+
+
 def _gains(
     total: Floats,
     here: Floats,
@@ -109,7 +116,8 @@ def _gains(
     )  # the share of a block's weight that is left when this server joins it
     before, after = (np.maximum(total - span, 0.0) + span * kept + _TINY for span in (here, there))
     lift = fair / beta * np.log(before / after)
-    return np.asarray(lift * snapshot.num_blocks / (rates * lengths))
+    filled = np.rint((there - here) / _UNHELD)  # blocks that get their first holder
+    return np.asarray(lift * snapshot.num_blocks / (rates * lengths) + filled)
 
 
 def best_moves(snapshot: Snapshot, rows: Ints) -> tuple[Ints, Floats]:
@@ -125,7 +133,7 @@ def best_moves(snapshot: Snapshot, rows: Ints) -> tuple[Ints, Floats]:
         others = np.where(snapshot.relayed[some, None], everyone, direct) - here
         worth = worths(snapshot.throughput - rates[:, None] * here, others, here, snapshot.fair, BETA)
         values = spans_worth(worth, lengths)
-        best[part] = values.argmax(axis=1)
+        best[part] = best_starts(values)
         every = np.arange(len(some))
         now, then = values[every, snapshot.starts[some]], values[every, best[part]]
         gains[part] = _gains(worth.sum(axis=1), now, then, rates, lengths, snapshot, BETA)
@@ -163,7 +171,7 @@ def _portfolio(snapshot: Snapshot, movers: Ints) -> Plan:
         rest = throughput - rate * here
         worth = worths(rest, np.where(relayed, everyone, direct) - here, here, fair, beta)
         values = spans_worth(worth, length)
-        best = values.argmax(axis=1)
+        best = best_starts(values)
         now, then = values[runs, at[:, 0]], values[runs, best]
         gains = _gains(worth.sum(axis=1), now, then, rate[:, 0], length, snapshot, beta[:, 0])
         goes = (then > now) & (gains > PRICE / 2)
@@ -184,13 +192,14 @@ def _portfolio(snapshot: Snapshot, movers: Ints) -> Plan:
         snapshot.rates * snapshot.lengths / (snapshot.num_blocks * fair)
     )  # what each gives each block at best
     after = throughput.min(axis=1) / fair
-    score = after - PRICE * (changed @ shares)
+    filled = (snapshot.holders(~snapshot.relayed) == 0).sum() - (direct == 0).sum(axis=1)
+    score = after - snapshot.quality + filled - PRICE * (changed @ shares)
     winner = int(np.argmax(score))
-    if score[winner] <= snapshot.quality + 1e-9:
+    if score[winner] <= 1e-9:
         return _no_moves(snapshot)
     rows = np.flatnonzero(changed[winner])
     rows = rows[np.lexsort((rows, first[winner, rows]))]
-    gain = float((after[winner] - snapshot.quality) / shares[rows].sum())
+    gain = float((after[winner] - snapshot.quality) / shares[rows].sum() + filled[winner])
     gains = np.full(len(rows), gain)
     return Plan(rows, starts[winner, rows], gains, snapshot.quality, float(after[winner]))
 
