@@ -51,7 +51,15 @@ class _Training:
     kept_bytes: int
 
 
-_Item = StepWork | TrainingWork | Session  # a session is to be closed
+@dataclass(eq=False)
+class _Change:
+    """Something to be done to the backend between two steps."""
+
+    do: Callable[[], None]
+    done: Callable[[Any], None]
+
+
+_Item = StepWork | TrainingWork | Session | _Change  # a session is to be closed
 
 
 class _Inbox:
@@ -179,6 +187,12 @@ class Engine:
             work.cancelled = True
         return result
 
+    async def change(self, do: Callable[[], None]) -> None:
+        """Call `do`, which changes the backend's blocks, between two steps; raises what it raises."""
+        answer = asyncio.get_running_loop().create_future()
+        self._inbox.put(_Change(do, _setter(answer)))
+        await answer
+
     def close(self, session: Session) -> None:
         """Give up a session: waiting steps are dropped, its cache is free at the next step boundary."""
         if not session.closed:
@@ -221,6 +235,14 @@ class Engine:
             elif isinstance(item, TrainingWork):
                 self._training_waits.append(item)
                 self._scheduler.add_training()
+            elif isinstance(item, _Change):
+                try:
+                    item.do()
+                    self._cache.tidy()
+                except Exception as error:
+                    self._results.append((item.done, error))
+                else:
+                    self._results.append((item.done, None))
             elif not item.session.closed:
                 try:
                     self._begin(item)
