@@ -80,7 +80,7 @@ def test_a_load_that_stands_still(
     swarm: tuple[str, Peer], processes: Processes, tmp_path: Path, tiny_llama: Path
 ) -> None:
     """The first container hangs in its load; the next one does not."""
-    quick = '[health.probes."container.load"]\ntimeout = "6s"\nperiod = "1s"'
+    quick = '[health.probes."container.load"]\ntimeout = "15s"\nperiod = "1s"'
     victim = start_victim(processes, tmp_path / "a", tiny_llama, *swarm, quick, orders=("hang",))
     status = victim.agent.until(lambda s: s["restarts"]["container"] == 1, 90, "the end of the first")
     assert status["state"] == "recovering" and victim.told("container.load failed")

@@ -17,7 +17,7 @@ import pytest
 from harness.processes import Processes
 from petals_agent.errors import IdentityTaken
 from petals_agent.p2p.daemon import Daemon, DaemonOptions
-from petals_agent.supervisor.network import Connection, Network, fixed_ports
+from petals_agent.supervisor.network import Connection, Network, fixed_ports, own_maddrs
 from petals_agent.supervisor.states import Life
 from petals_agent.swarm.identity import ensure_identity
 
@@ -79,6 +79,23 @@ async def until(condition: Callable[[], bool]) -> None:
 )
 def test_chosen_ports_are_kept(listen: str, visible: list[str], fixed: str) -> None:
     assert fixed_ports([listen], visible) == (fixed,)
+
+
+@pytest.mark.parametrize(
+    ("listen", "visible", "own"),
+    [
+        (["/ip4/0.0.0.0/tcp/7"], ["/ip4/192.0.2.1/tcp/80/p2p/X"], ["/ip4/127.0.0.1/tcp/7/p2p/X"]),
+        (
+            ["/ip4/10.0.0.2/tcp/7", "/ip6/::/tcp/8"],
+            ["/ip4/192.0.2.1/tcp/80/p2p/X", "/ip6/2001:db8::1/tcp/8/p2p/X"],
+            ["/ip4/10.0.0.2/tcp/7/p2p/X", "/ip6/::1/tcp/8/p2p/X"],
+        ),
+        (["/ip4/0.0.0.0/tcp/0"], ["/ip4/192.0.2.1/tcp/80/p2p/X"], ["/ip4/192.0.2.1/tcp/80/p2p/X"]),
+        (["/ip4/0.0.0.0/tcp/7"], [], []),
+    ],
+)
+def test_addresses_from_this_host(listen: list[str], visible: list[str], own: list[str]) -> None:
+    assert own_maddrs(listen, visible) == own
 
 
 async def test_p2pd_is_replaced_at_the_same_place(bootstrap: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,18 @@ def test_a_whole_life_of_a_private_model(
         "petals_agent.announce",
         "petals_agent.backends",
     } <= loggers  # both processes
+
+
+def test_behind_a_router_that_does_not_lead_back(
+    processes: Processes, bootstrap: str, tmp_path: Path, tiny_llama: Path, free_port: Callable[[], int]
+) -> None:
+    """What is announced can be dialled from outside only; it is not for that that we look at ourselves."""
+    listen, announce = f"/ip4/127.0.0.1/tcp/{free_port()}", "/ip4/192.0.2.1/tcp/31330"
+    swarm = f'[swarm]\nlisten = ["{listen}"]\nannounce = ["{announce}"]\nreachability = "off"'
+    agent = start_live(processes, tmp_path / "a", tiny_llama, "0:8", [bootstrap], swarm)
+    status = agent.online()
+    assert status["maddrs"] == [f"{announce}/p2p/{status['peer_id']}"]
+    assert status["health"] == "healthy" and status["restarts"] == {"container": 0, "p2pd": 0}
 
 
 def run(config: Path, *options: str) -> subprocess.CompletedProcess[str]:

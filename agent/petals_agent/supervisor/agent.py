@@ -64,7 +64,7 @@ class Agent:
         self.notifier = Notifier()
         budget = Budget(config.health.recoveries_per_hour)
         self.network = Network(_daemon_options(config), self.life, budget)
-        self.caller = Caller(lambda: self.network.maddrs, socket_dir)
+        self.caller = Caller(lambda: self.network.own_maddrs, socket_dir)
         self.reachability = Reachability(
             config.swarm.reachability, self.network, config.swarm.entry_peers, socket_dir, self.life
         )

@@ -29,6 +29,7 @@ log = logging.getLogger("petals_agent.network")
 DHT_TIMEOUT_S = 10.0
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STEADY_S = 60.0  # a p2pd that lived so long starts the back-off anew
+_LOOPBACK = {"/ip4/0.0.0.0": "/ip4/127.0.0.1", "/ip6/::": "/ip6/::1"}  # an address of every interface
 
 
 @dataclass(eq=False)
@@ -178,6 +179,11 @@ class Network:
         self._met = self._met or bool(known)
 
     @property
+    def own_maddrs(self) -> list[str]:
+        """Where we can be dialled from this host, with the peer id; empty before the first start."""
+        return own_maddrs(self._options.listen, self.maddrs)
+
+    @property
     def peers(self) -> int:
         """How many nodes of the DHT we know."""
         connection = self.connection
@@ -261,7 +267,7 @@ def fixed_ports(listen: Sequence[str], visible: Sequence[str]) -> tuple[str, ...
     for maddr in listen:
         if maddr.endswith("/tcp/0"):
             host = maddr.removesuffix("/tcp/0")
-            here = {"/ip4/0.0.0.0": "/ip4/127.0.0.1", "/ip6/::": "/ip6/::1"}.get(host, host)
+            here = _LOOPBACK.get(host, host)
             ports = [
                 seen.removeprefix(f"{here}/tcp/").split("/")[0]
                 for seen in visible
@@ -270,6 +276,17 @@ def fixed_ports(listen: Sequence[str], visible: Sequence[str]) -> tuple[str, ...
             maddr = f"{host}/tcp/{ports[0] if ports else 0}"
         fixed.append(maddr)
     return tuple(fixed)
+
+
+def own_maddrs(listen: Sequence[str], visible: Sequence[str]) -> list[str]:
+    """Where we can be dialled from this host: what we listen on, since no router need lead back what it forwards to us.
+
+    `visible` if the ports listened on are not known.
+    """
+    peers = {maddr.rsplit("/p2p/", 1)[1] for maddr in visible}
+    places = [maddr.partition("/tcp/") for maddr in listen if not maddr.endswith("/tcp/0")]
+    here = [f"{_LOOPBACK.get(host, host)}{tcp}{port}" for host, tcp, port in places]
+    return [f"{maddr}/p2p/{peer}" for maddr in here for peer in peers] or list(visible)
 
 
 async def _pause(failures: int) -> None:

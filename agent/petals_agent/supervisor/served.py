@@ -40,7 +40,7 @@ class Caller:
     """`check` calls rpc_info and opens an rpc_inference without tokens, as a client would."""
 
     def __init__(self, maddrs: Callable[[], Sequence[str]], socket_dir: Path) -> None:
-        """`maddrs` gives our own addresses, with the peer id."""
+        """`maddrs` gives the addresses where this host can dial us, with the peer id."""
         self._maddrs = maddrs
         self._socket_dir = socket_dir
         self._daemon: Daemon | None = None
