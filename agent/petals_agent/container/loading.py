@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from petals_agent.serving.limits import Limits
 from petals_agent.serving.push import PushTable
 from petals_agent.serving.server import BlockServer
 from petals_agent.serving.wire import COMPRESSIONS
+from petals_agent.swarm.uids import runs
 
 OnProgress = Callable[[str, int, int], None]
 # Tokens × weights of a block from which more threads than one pay (docs/decisions/0007): 200 tokens of a tiny model, one of
@@ -110,15 +111,15 @@ class ServedModel:
 
         Raises NoRoom when the memory does not hold it beside what is there, ModelError.
         """
-        runs = _runs(block for block in range(start, end) if block not in backend.layers)
-        count = sum(last - first for first, last in runs)
+        missing = runs(block for block in range(start, end) if block not in backend.layers)
+        count = sum(last - first for first, last in missing)
         free, cost = free_memory(str(self.device)), BlockCost.of(self.facts, self.dtype)
         fit = max_blocks(free, cost, self.cache_tokens, self.max_batch_tokens, count) if count else 0
         if fit < count:
             raise NoRoom(
                 f"{count} blocks more do not fit beside the {len(backend.layers)} that are here: there is memory for {fit}"
             )
-        pieces = [self._blocks(first, last, progress) for first, last in runs]
+        pieces = [self._blocks(first, last, progress) for first, last in missing]
         for piece in pieces:
             if type(piece) is not type(backend):
                 raise ModelError(
@@ -175,17 +176,6 @@ class ServedModel:
             compression=COMPRESSIONS[serve.compression.upper()],
             version=__version__,
         )
-
-
-def _runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
-    """Ascending numbers as ranges [first, last)."""
-    runs: list[tuple[int, int]] = []
-    for block in blocks:
-        if runs and runs[-1][1] == block:
-            runs[-1] = (runs[-1][0], block + 1)
-        else:
-            runs.append((block, block + 1))
-    return runs
 
 
 def _or(configured: Any, default: int) -> int:
