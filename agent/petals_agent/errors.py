@@ -4,7 +4,8 @@ AgentError
 ├── ConfigError           the file or the command line is wrong (exit 78)
 ├── ModelError            weights or model config cannot be used
 │   ├── UnsupportedModel  the family is not one that we serve
-│   └── CheckpointError   a file is missing, torn or of the wrong shape
+│   ├── CheckpointError   a file is missing, torn or of the wrong shape
+│   └── NoRoom            it does not fit into memory beside what is there
 ├── SwarmError            the network, the DHT or p2pd
 │   ├── DaemonError       p2pd did not start or does not answer
 │   └── IdentityTaken     another live peer uses our identity
@@ -44,6 +45,10 @@ class UnsupportedModel(ModelError):
 class CheckpointError(ModelError):
     exit_code = 66
     code = "checkpoint"
+
+
+class NoRoom(ModelError):
+    code = "no_room"
 
 
 class SwarmError(AgentError):

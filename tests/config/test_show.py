@@ -81,6 +81,7 @@ VALUES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "mean_block_selection_delay": durations,
         "min_gain": st.floats(0, 100),
         "cooldown": durations,
+        "drain_timeout": durations,
     },
     "health": {
         "recoveries_per_hour": st.integers(0, 3600),

@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.churn import load
+from engine.churn import FIRST, LAST, load
 from petals_agent.container.canary import Canary
 from petals_agent.engine.backend import Backend
 from petals_agent.engine.engine import Engine
 from petals_agent.engine.session import Session
 from petals_agent.errors import ContainerError
-
-BLOCKS = 5
 
 
 @pytest.fixture
@@ -29,7 +27,7 @@ async def engine(tiny: Callable[[str], Path]) -> AsyncIterator[Engine]:
 
 
 async def recorded(engine: Engine) -> Canary:
-    canary = Canary(engine, BLOCKS)
+    canary = Canary(engine, FIRST, LAST)
     await canary.record()
     return canary
 
@@ -37,7 +35,7 @@ async def recorded(engine: Engine) -> Canary:
 async def test_sound_blocks_beside_users(engine: Engine) -> None:
     canary = await recorded(engine)
     before = engine.stats.tokens
-    sessions = [Session(1, 30, 0, BLOCKS) for _ in range(4)]
+    sessions = [Session(1, 30, FIRST, LAST) for _ in range(4)]
     hidden = torch.randn(1, 1, engine.backend.hidden_size)
 
     async def steps(session: Session) -> None:
@@ -79,14 +77,12 @@ async def test_what_is_broken(
     monkeypatch.setattr(backend, method, broken(getattr(backend, method), how))
     problem = await canary.check()
     assert problem is not None and words in problem
-    assert problem.startswith("block 0 of the span" if method == "block" else "a step through the span")
+    assert problem.startswith(f"block {FIRST}" if method == "block" else "a step through the span")
     monkeypatch.undo()
     assert await canary.check() is None
 
 
 async def test_what_was_never_sound(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.backend, "block", broken(engine.backend.block, "nan"))
-    with pytest.raises(
-        ContainerError, match="block 0 of the span computes NaN or infinity right after the load"
-    ):
-        await Canary(engine, BLOCKS).record()
+    with pytest.raises(ContainerError, match=f"block {FIRST} computes NaN or infinity right after the load"):
+        await Canary(engine, FIRST, LAST).record()

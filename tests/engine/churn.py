@@ -129,7 +129,7 @@ async def play(script: Script, engine: Engine, reference: SpanModel, seed: int) 
     kind = SaidInSteps if reference.rope_depends_on_length else Said
 
     def fresh() -> tuple[Session, Said]:
-        session = Session(script.rows, MAX_LENGTH, script.start, script.end)
+        session = Session(script.rows, MAX_LENGTH, FIRST + script.start, FIRST + script.end)
         nothing = torch.zeros(script.rows, 0, width)
         return session, kind(view, nothing, torch.zeros(blocks, script.rows, 0, width))
 

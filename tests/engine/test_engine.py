@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.churn import load
+from engine.churn import FIRST, LAST, load
 from harness.waiting import until
 from petals_agent.engine.backend import Backend, Prompts
 from petals_agent.engine.engine import Engine
@@ -20,7 +20,7 @@ from petals_agent.engine.session import Session
 from petals_agent.errors import RequestError
 from petals_agent.models.span import SpanModel
 
-BLOCKS = 5
+BLOCKS = LAST - FIRST
 BOMB = 12345.0  # a value at which the backend below fails
 Loaded = tuple[list[Backend], SpanModel]
 
@@ -60,7 +60,7 @@ def watched(llama: Loaded) -> Watched:
 
 
 def sessions(count: int, start: int = 0, end: int = BLOCKS) -> list[Session]:
-    return [Session(1, 30, start, end) for _ in range(count)]
+    return [Session(1, 30, FIRST + start, FIRST + end) for _ in range(count)]
 
 
 async def together(engine: Engine, steps: Sequence[tuple[Session, torch.Tensor]]) -> list[Any]:
@@ -132,7 +132,7 @@ async def test_a_long_step_that_fails_in_the_middle_is_answered_once(llama: Load
     _, reference = llama
     hidden = torch.zeros(1, 5000, reference.hidden_size)
     hidden[0, 4500, 0] = BOMB
-    session = Session(1, 6000, 0, BLOCKS)
+    session = Session(1, 6000, FIRST, LAST)
     engine = Engine(watched, cache_tokens=6000)
     (answer,) = await together(engine, [(session, hidden)])
     assert isinstance(answer, RuntimeError)
@@ -190,7 +190,7 @@ async def test_a_client_that_leaves_during_its_own_step(llama: Loaded, watched: 
 
 async def test_a_long_prompt_of_one_who_left_does_not_run_on(llama: Loaded, watched: Watched) -> None:
     _, reference = llama
-    session = Session(1, 20_000, 0, BLOCKS)
+    session = Session(1, 20_000, FIRST, LAST)
     engine = Engine(watched, cache_tokens=20_000)
     engine.start()
     try:
@@ -211,7 +211,10 @@ async def test_ranges_do_not_mix(llama: Loaded, watched: Watched) -> None:
     _, reference = llama
     ranges = [(0, 5), (0, 2), (2, 5), (1, 2)]
     hidden = inputs(4, reference.hidden_size)
-    steps = [(Session(1, 10, *blocks), one) for blocks, one in zip(ranges, hidden, strict=True)]
+    steps = [
+        (Session(1, 10, FIRST + start, FIRST + end), one)
+        for (start, end), one in zip(ranges, hidden, strict=True)
+    ]
     answers = await together(Engine(watched), steps)
     assert watched.tokens == [1, 1, 1, 1]
     for answer, one, (start, end) in zip(answers, hidden, ranges, strict=True):
@@ -222,7 +225,7 @@ async def test_no_room_for_a_session_is_its_own_error(llama: Loaded, watched: Wa
     _, reference = llama
     token = torch.zeros(1, 1, reference.hidden_size)
     (good,) = sessions(1)
-    absurd = Session(1, 2**50, 0, BLOCKS)
+    absurd = Session(1, 2**50, FIRST, LAST)
     answers = await together(Engine(watched), [(good, token), (absurd, token)])
     assert isinstance(answers[0], torch.Tensor)
     assert isinstance(answers[1], RuntimeError) and absurd.place is None

@@ -13,7 +13,7 @@ from petals_agent.engine.kv import KVCache, LayerShape, Place, Slab, capacity_cl
 from petals_agent.engine.session import Session
 
 BLOCKS = 3
-LAYERS = [LayerShape(kv_heads=1, head_dim=2)] * BLOCKS
+LAYERS = dict.fromkeys(range(BLOCKS), LayerShape(kv_heads=1, head_dim=2))
 TOKENS = 1024  # promised, per block
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def test_a_class_wastes_at_most_a_third(length: int) -> None:
 @given(st.lists(st.one_of(st.integers(1, 9), st.integers(-50, -1)), max_size=60))
 def test_slots_of_a_slab_never_overlap(operations: list[int]) -> None:
     """A positive number takes so many slots, a negative one gives back one of those that are taken."""
-    slab = Slab(LAYERS[:1], 16, 64, torch.float32, CPU)
+    slab = Slab([LAYERS[0]], 16, 64, torch.float32, CPU)
     taken: list[tuple[int, int]] = []
     for operation in operations:
         if operation > 0:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.churn import load
+from engine.churn import FIRST, LAST, load
 from harness.waiting import until
 from models.tiny import VARIANTS
 from petals_agent.engine.backend import Backend
@@ -90,8 +90,8 @@ async def both(
     engine.start()
     try:
         async with asyncio.timeout(60):
-            forward = await engine.train(START, END, hidden, prompts)
-            return forward, await engine.train(START, END, hidden, prompts, grad)
+            forward = await engine.train(FIRST + START, FIRST + END, hidden, prompts)
+            return forward, await engine.train(FIRST + START, FIRST + END, hidden, prompts, grad)
     finally:
         engine.stop()
 
@@ -136,7 +136,7 @@ def test_activations_are_kept_or_computed_again(
         engine = Engine(watched, keep_bytes=keep_bytes)
         engine.start()
         try:
-            await asyncio.wait_for(engine.train(START, END, hidden, None, grad), 60)
+            await asyncio.wait_for(engine.train(FIRST + START, FIRST + END, hidden, None, grad), 60)
         finally:
             engine.stop()
 
@@ -154,7 +154,10 @@ def test_many_backwards_share_one_budget(llama: Loaded) -> None:
 
     async def flood() -> list[list[torch.Tensor]]:
         engine = Engine(watched, keep_bytes=room)
-        works = [asyncio.create_task(engine.train(START, END, hidden, None, grad)) for _ in range(30)]
+        works = [
+            asyncio.create_task(engine.train(FIRST + START, FIRST + END, hidden, None, grad))
+            for _ in range(30)
+        ]
         await asyncio.sleep(0)
         engine.start()
         try:
@@ -176,7 +179,7 @@ def test_a_short_forward_does_not_wait_for_a_long_backward(llama: Loaded) -> Non
         order: list[str] = []
 
         async def work(name: str, end: int, grad: torch.Tensor | None) -> None:
-            await engine.train(0, end, torch.zeros(1, 3, width), None, grad)
+            await engine.train(FIRST, FIRST + end, torch.zeros(1, 3, width), None, grad)
             order.append(name)
 
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
@@ -199,8 +202,8 @@ def test_decoding_goes_on_beside_training(llama: Loaded) -> None:
         engine = Engine(backends[0])
         engine.start()
         hidden, grad = tensors(4, 64, width)
-        works = [asyncio.create_task(engine.train(0, 5, hidden, None, grad)) for _ in range(40)]
-        session = Session(1, 30, 0, 5)
+        works = [asyncio.create_task(engine.train(FIRST, LAST, hidden, None, grad)) for _ in range(40)]
+        session = Session(1, 30, FIRST, LAST)
         async with asyncio.timeout(60):
             for _ in range(10):
                 await engine.step(session, torch.zeros(1, 1, width))
@@ -221,13 +224,13 @@ def test_cancelled_work_stops_at_the_next_block(llama: Loaded) -> None:
     async def cancel() -> list[torch.Tensor]:
         engine = Engine(watched)
         engine.start()
-        gone = asyncio.create_task(engine.train(0, 5, hidden, None, grad))
+        gone = asyncio.create_task(engine.train(FIRST, LAST, hidden, None, grad))
         assert await asyncio.to_thread(watched.reached.wait, 10)
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         watched.open.set()
         async with asyncio.timeout(60):
-            answer = await engine.train(0, 1, hidden)
+            answer = await engine.train(FIRST, FIRST + 1, hidden)
             await until(lambda: engine.queued == 0, 10, "the cancelled work is dropped")
         engine.stop()
         return answer
@@ -246,8 +249,8 @@ def test_an_error_reaches_only_the_one_who_caused_it(llama: Loaded) -> None:
         engine.start()
         good, bad = await asyncio.wait_for(
             asyncio.gather(
-                engine.train(0, 2, torch.zeros(1, 3, width)),
-                engine.train(0, 2, torch.zeros(1, 3, width + 1)),
+                engine.train(FIRST, FIRST + 2, torch.zeros(1, 3, width)),
+                engine.train(FIRST, FIRST + 2, torch.zeros(1, 3, width + 1)),
                 return_exceptions=True,
             ),
             60,

@@ -151,6 +151,7 @@ class BalanceConfig(Section):
     mean_block_selection_delay: Duration = Field(default=5.0, ge=0, le=3600)
     min_gain: float = Field(default=0.1, ge=0, le=100)
     cooldown: Duration = Field(default=600.0, ge=0, le=YEAR_S)
+    drain_timeout: Duration = Field(default=300.0, ge=0, le=YEAR_S)
 
 
 class ProbeConfig(Section):

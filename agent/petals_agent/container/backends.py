@@ -116,7 +116,7 @@ def _lean_error(
         plain = load_span(request.source, number, number + 1, request.dtype, request.device)
     else:
         plain = lambda hidden: textbook_block(config, tensors, number, hidden)  # noqa: E731
-    error = error_of(backend, plain, 0, 1)
+    error = error_of(backend, plain, number, number + 1)
     _tell_check(backend.name, error, block=number)
     return error <= TOLERANCE[request.dtype]
 
@@ -209,7 +209,7 @@ def _modules(request: SpanRequest) -> Backend:
         candidates.append(PackedBackend)
     if not getattr(span.config, "sliding_window", None):  # rows of a padded batch are not aligned to a window
         candidates.append(PaddedBackend)
-    kinds = {attention: index for index, attention in reversed(list(enumerate(span.attention)))}
+    kinds = {attention: span.start + i for i, attention in reversed(list(enumerate(span.attention)))}
     for candidate in candidates:
         backend = candidate(span)
         errors = [

@@ -14,7 +14,7 @@ from petals_agent.container.backends import SpanRequest, load_backend
 from petals_agent.container.throughput import RateCache, Rates, rates
 from petals_agent.engine.backend import Backend
 from petals_agent.engine.engine import Engine
-from petals_agent.errors import ConfigError
+from petals_agent.errors import ConfigError, ModelError, NoRoom
 from petals_agent.link import messages
 from petals_agent.models import defaults
 from petals_agent.models.facts import ModelFacts
@@ -25,6 +25,7 @@ from petals_agent.serving.limits import Limits
 from petals_agent.serving.push import PushTable
 from petals_agent.serving.server import BlockServer
 from petals_agent.serving.wire import COMPRESSIONS
+from petals_agent.swarm.uids import runs
 
 OnProgress = Callable[[str, int, int], None]
 # Tokens × weights of a block from which more threads than one pay (docs/decisions/0007): 200 tokens of a tiny model, one of
@@ -99,20 +100,54 @@ class ServedModel:
 
     def load(self, start: int, end: int, progress: OnProgress) -> tuple[Backend, Rates]:
         """Blocks [start, end) in memory, checked, and what they can do per second. Raises ModelError."""
+        backend = self._blocks(start, end, progress)
+        anew = self.config.serve.throughput == "measure"
+        return backend, self._rates(backend, end - start, progress, anew=anew)
 
+    def more(
+        self, backend: Backend, start: int, end: int, progress: OnProgress
+    ) -> tuple[list[Backend], Rates]:
+        """What blocks [start, end) need beside those of `backend`, and what the span can do per second.
+
+        Raises NoRoom when the memory does not hold it beside what is there, ModelError.
+        """
+        missing = runs(block for block in range(start, end) if block not in backend.layers)
+        count = sum(last - first for first, last in missing)
+        free, cost = free_memory(str(self.device)), BlockCost.of(self.facts, self.dtype)
+        fit = max_blocks(free, cost, self.cache_tokens, self.max_batch_tokens, count) if count else 0
+        if fit < count:
+            raise NoRoom(
+                f"{count} blocks more do not fit beside the {len(backend.layers)} that are here: there is memory for {fit}"
+            )
+        pieces = [self._blocks(first, last, progress) for first, last in missing]
+        for piece in pieces:
+            if type(piece) is not type(backend):
+                raise ModelError(
+                    f"new blocks run on the {piece.name} backend and those that are here on {backend.name}: both cannot be "
+                    "served at once; restart the agent to serve others"
+                )
+        return pieces, self._rates(backend, end - start, progress, anew=False)
+
+    def cache_units(self, blocks: int) -> int:
+        """What sessions are promised on so many blocks altogether (protocol.md §9.6)."""
+        return 2 * self.cache_tokens * blocks
+
+    def _blocks(self, start: int, end: int, progress: OnProgress) -> Backend:
         def fetched(p: Progress) -> None:
             progress(p.file, p.done, p.total)
 
         dtype = getattr(torch, self.dtype)
         request = SpanRequest(self.source, start, end, dtype, self.device, fetched)
-        backend = load_backend(request, self.config.state_dir / "selfcheck.json")
+        return load_backend(request, self.config.state_dir / "selfcheck.json")
+
+    def _rates(self, backend: Backend, blocks: int, progress: OnProgress, *, anew: bool) -> Rates:
         configured = self.config.serve.throughput
         if not isinstance(configured, str):
-            return backend, Rates(float(configured))
+            return Rates(float(configured))
         progress("measuring throughput", 0, 1)
         cache = RateCache(self.config.state_dir / "throughput.json")
         name = f"{self.source.name}@{self.facts.revision}"
-        return backend, rates(backend, end - start, name, __version__, cache, anew=configured == "measure")
+        return rates(backend, blocks, name, __version__, cache, anew=anew)
 
     def server(self, backend: Backend, start: int, end: int) -> BlockServer:
         """The server of these blocks; its engine is not started yet."""
@@ -128,12 +163,14 @@ class ServedModel:
         )
         return BlockServer(
             engine=Engine(
-                backend, parallel_tokens=-(-_PARALLEL_PRODUCTS // max(self.facts.block_parameters))
+                backend,
+                cache_tokens=self.cache_tokens,
+                parallel_tokens=-(-_PARALLEL_PRODUCTS // max(self.facts.block_parameters)),
             ),
             prefix=self.prefix,
             start=start,
             end=end,
-            ledger=CacheLedger(2 * self.cache_tokens * (end - start)),
+            ledger=CacheLedger(self.cache_units(end - start)),
             pushes=PushTable(),
             limits=limits,
             compression=COMPRESSIONS[serve.compression.upper()],

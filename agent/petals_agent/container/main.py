@@ -20,7 +20,9 @@ from petals_agent import __version__
 from petals_agent.config import config_from
 from petals_agent.container.canary import Canary
 from petals_agent.container.loading import ServedModel
+from petals_agent.container.throughput import Rates
 from petals_agent.container.trim import Trimmer
+from petals_agent.engine.backend import Backend
 from petals_agent.errors import AgentError, ContainerError
 from petals_agent.histogram import Histogram
 from petals_agent.link import messages
@@ -28,13 +30,14 @@ from petals_agent.link.channel import Channel
 from petals_agent.log import event, set_level, setup
 from petals_agent.models.memory import return_freed_memory
 from petals_agent.p2p.attachment import Attachment
-from petals_agent.p2p.streams import StreamServer
+from petals_agent.p2p.streams import Stream, StreamServer
 from petals_agent.serving.handlers import stream_handlers, unary_handlers
 from petals_agent.serving.server import BlockServer
 
 log = logging.getLogger("petals_agent.container")
 
 BEAT_PERIOD_S = 1.0
+_CUT_S = 5.0  # for sessions that were cut off to be gone
 
 
 class Container:
@@ -48,10 +51,10 @@ class Container:
         self._streams: StreamServer | None = None
         self._canary: Canary | None = None
         self._doors_closed = False
+        self._asked: set[asyncio.Task[None]] = set()  # what may take long beside the orders
 
     async def run(self) -> None:
         """Until the agent says stop or is gone, whatever we are doing then."""
-        canaries: set[asyncio.Task[None]] = set()
         self._channel.send(messages.Hello(package=__version__, pid=os.getpid()))
         orders: asyncio.Queue[messages.FromAgent] = asyncio.Queue()
         tasks = [
@@ -62,16 +65,15 @@ class Container:
             while (message := await self._channel.receive()) is not None:
                 if isinstance(message, messages.Stop):
                     return
-                if isinstance(
-                    message, messages.Canary
-                ):  # may take as long as the engine is busy, or for ever
-                    canary = asyncio.create_task(self._ask_canary(message), name="canary")
-                    canaries.add(canary)
-                    canary.add_done_callback(canaries.discard)
+                if isinstance(message, messages.Canary | messages.Move | messages.Retire):
+                    # may take as long as the engine is busy, a load or sessions last, or for ever
+                    task = asyncio.create_task(self._answer(message), name=message.type)
+                    self._asked.add(task)
+                    task.add_done_callback(self._asked.discard)
                 elif not self._obey_at_once(message):
                     orders.put_nowait(message)
         finally:
-            tasks += canaries
+            tasks += self._asked
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -94,11 +96,13 @@ class Container:
     async def _obey_all(self, orders: asyncio.Queue[messages.FromAgent]) -> None:
         """One after the other; the agent never sends a second one before the first is answered."""
         while True:
-            message = await orders.get()
-            try:
-                await self._obey(message)
-            except Exception as error:
-                self._channel.send(_failed(message, error))
+            await self._answer(await orders.get())
+
+    async def _answer(self, message: messages.FromAgent) -> None:
+        try:
+            await self._obey(message)
+        except Exception as error:
+            self._channel.send(_failed(message, error))
 
     async def _obey(self, message: messages.FromAgent) -> None:
         match message:
@@ -110,6 +114,12 @@ class Container:
                 await self._attach(message)
             case messages.Drain():
                 await self._drain(message)
+            case messages.Canary():
+                await self._ask_canary()
+            case messages.Move():
+                await self._move(message)
+            case messages.Retire():
+                await self._retire(message)
             case _:
                 raise ContainerError(f"no method for message {message.type!r}")
 
@@ -128,30 +138,69 @@ class Container:
         self._server = self._model.server(backend, message.start, message.end)
         self._server.closed = self._doors_closed
         self._server.engine.start(on_death=lambda: os._exit(70))  # the agent starts another container
-        hidden, blocks = backend.hidden_size, self._server.blocks
-        self._canary = Canary(self._server.engine, blocks)
+        self._canary = Canary(self._server.engine, message.start, message.end)
         await self._canary.record()
         self._streams = StreamServer(
             stream_handlers(self._server),
-            self._server.limits.message_bytes(hidden, blocks),
+            self._server.message_bytes,
             self._socket_dir,
             self._server.budget,
         )
         await self._streams.start()
-        self._channel.send(
-            messages.Loaded(
-                start=message.start,
-                end=message.end,
-                backend=backend.name,
-                throughput=rates.throughput,
-                network_rps=rates.network_rps,
-                forward_rps=rates.forward_rps,
-                inference_rps=rates.inference_rps,
-                cache_units=self._server.ledger.capacity,
-                load_s=time.monotonic() - started,
-                stream_path=self._streams.path,
-                stream_names=list(self._streams.handlers),
-            )
+        self._channel.send(self._loaded(self._server, self._streams, rates, time.monotonic() - started))
+
+    async def _move(self, message: messages.Move) -> None:
+        """The present blocks serve on, whatever becomes of it."""
+        model, server, streams = self._model, self._server, self._streams
+        if model is None or server is None or streams is None:
+            raise ContainerError("move came before load")
+        started, engine, backend = time.monotonic(), server.engine, server.engine.backend
+        before = server.start, server.end
+        pieces, rates = await asyncio.to_thread(
+            model.more, backend, message.start, message.end, self._progress()
+        )
+        await engine.change(lambda: _join_all(backend, pieces))
+        canary = Canary(engine, message.start, message.end, self._canary)
+        try:
+            await canary.record()
+        except BaseException:
+            await engine.change(lambda: backend.keep(*before))
+            raise
+        self._canary = canary
+        server.offer(message.start, message.end, model.cache_units(len(backend.layers)))
+        streams.message_limit = server.message_bytes
+        self._channel.send(self._loaded(server, streams, rates, time.monotonic() - started))
+
+    async def _retire(self, message: messages.Retire) -> None:
+        model, server = self._model, self._server
+        if model is None or server is None:
+            raise ContainerError("retire came before load")
+        left = await server.leave(message.timeout)
+        for who in left:
+            if isinstance(who, Stream):
+                who.abort()
+        await server.leave(_CUT_S)
+        backend = server.engine.backend
+        await server.engine.change(lambda: backend.keep(server.start, server.end))
+        server.ledger.resize(model.cache_units(server.blocks))
+        await asyncio.to_thread(return_freed_memory)
+        self._channel.send(messages.Retired(cut=len(left)))
+
+    def _loaded(
+        self, server: BlockServer, streams: StreamServer, rates: Rates, took: float
+    ) -> messages.Loaded:
+        return messages.Loaded(
+            start=server.start,
+            end=server.end,
+            backend=server.engine.backend.name,
+            throughput=rates.throughput,
+            network_rps=rates.network_rps,
+            forward_rps=rates.forward_rps,
+            inference_rps=rates.inference_rps,
+            cache_units=server.ledger.capacity,
+            load_s=took,
+            stream_path=streams.path,
+            stream_names=list(streams.handlers),
         )
 
     async def _attach(self, message: messages.Attach) -> None:
@@ -165,13 +214,10 @@ class Container:
         server.attachment = await Attachment.open(message.daemon, unary_handlers(server), streams)
         self._channel.send(messages.Attached())
 
-    async def _ask_canary(self, message: messages.Canary) -> None:
-        try:
-            if self._canary is None:
-                raise ContainerError("canary came before load")
-            self._channel.send(messages.CanaryAnswer(problem=await self._canary.check()))
-        except Exception as error:
-            self._channel.send(_failed(message, error))
+    async def _ask_canary(self) -> None:
+        if self._canary is None:
+            raise ContainerError("canary came before load")
+        self._channel.send(messages.CanaryAnswer(problem=await self._canary.check()))
 
     async def _drain(self, message: messages.Drain) -> None:
         left = await self._server.drain(message.timeout) if self._server is not None else 0
@@ -224,6 +270,11 @@ class Container:
             if self._server.attachment is not None:
                 await self._server.attachment.close()
             self._server.engine.stop(timeout=1.0)
+
+
+def _join_all(backend: Backend, pieces: list[Backend]) -> None:
+    for piece in pieces:
+        backend.join(piece)
 
 
 def _counted(histogram: Histogram) -> messages.Counted:

@@ -65,17 +65,18 @@ def link_bits_s() -> float:
 
 def measure(backend: Backend) -> tuple[float, float]:
     """(forward_rps, inference_rps) of one block of `backend`."""
+    first = min(backend.layers)
     with torch.inference_mode():
         hidden = torch.randn(1, FORWARD_TOKENS, backend.hidden_size).to(backend.device, backend.dtype)
-        forward = FORWARD_TOKENS * _rate(lambda: backend.block(0, hidden), FORWARD_STEPS, backend.device)
+        forward = FORWARD_TOKENS * _rate(lambda: backend.block(first, hidden), FORWARD_STEPS, backend.device)
         cache = KVCache(backend.layers, backend.dtype, backend.device)
-        session = Session(1, INFERENCE_STEPS + 2, 0, 1)
+        session = Session(1, INFERENCE_STEPS + 2, first, first + 1)
         cache.open(session)
         token = torch.randn(1, 1, backend.hidden_size).to(backend.device, backend.dtype)
 
         def step() -> None:
             work = StepWork(session, token, lambda result: None)
-            backend.step(token[0], StepPlan([(work, 1)], backend.dtype, backend.device), 0, 1, [])
+            backend.step(token[0], StepPlan([(work, 1)], backend.dtype, backend.device), first, first + 1, [])
             session.length += 1
 
         inference = _rate(step, INFERENCE_STEPS, backend.device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Protocol, Self
 
 import torch
 
@@ -15,7 +15,7 @@ Prompts = list[tuple[int, list[torch.Tensor]]]
 
 
 class Backend(Protocol):
-    """A span of blocks on one device; block numbers count from the start of the span."""
+    """Blocks on one device, known by their numbers in the model. Which they are changes only between two steps."""
 
     name: str
     hidden_size: int
@@ -24,8 +24,16 @@ class Backend(Protocol):
     solo: bool  # sessions must not share a step
 
     @property
-    def layers(self) -> Sequence[LayerShape]:
-        """KV shape of each block."""
+    def layers(self) -> Mapping[int, LayerShape]:
+        """KV shape of each block that is here."""
+        ...
+
+    def join(self, other: Self) -> None:
+        """Take the blocks of another backend of the same model, which is not used any more; none may be here already."""
+        ...
+
+    def keep(self, start: int, end: int) -> None:
+        """Drop all blocks but [start, end)."""
         ...
 
     def step(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from petals_agent.engine.backend import Backend, Prompts
+from petals_agent.engine.inbox import Change, Inbox
 from petals_agent.engine.kv import KVCache
 from petals_agent.engine.plan import StepPlan
 from petals_agent.engine.scheduler import Batch, Scheduler, TrainingSlice
@@ -51,43 +52,6 @@ class _Training:
     kept_bytes: int
 
 
-_Item = StepWork | TrainingWork | Session  # a session is to be closed
-
-
-class _Inbox:
-    """What the event loop hands over. The engine is woken for as many steps as it waits for: each wake-up takes the
-    interpreter from the event loop, which has the next ones to read.
-    """
-
-    def __init__(self) -> None:
-        self.items: deque[_Item] = deque()
-        self._changed = threading.Condition()
-        self._steps = 1  # worth waking for; anything but a step always is
-        self._closed = False
-
-    def put(self, item: _Item) -> None:
-        with self._changed:
-            self.items.append(item)
-            if len(self.items) >= self._steps or not isinstance(item, StepWork):
-                self._changed.notify()
-
-    def wait(self, steps: int, timeout: float | None) -> None:
-        """Return once `steps` steps or anything else came, or after `timeout` seconds."""
-        with self._changed:
-            if self._closed or len(self.items) >= steps:
-                return
-            if all(isinstance(item, StepWork) for item in self.items):
-                self._steps = steps
-                self._changed.wait(timeout)
-                self._steps = 1
-
-    def close(self) -> None:
-        """Wake the engine, and never let it wait again."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-
-
 class Engine:
     """Runs a backend. Public methods are called from the event loop's thread."""
 
@@ -112,7 +76,7 @@ class Engine:
         self._all_threads = torch.get_num_threads()
         self._threads = 0
         self._cache = KVCache(backend.layers, backend.dtype, backend.device, cache_tokens)
-        self._inbox = _Inbox()
+        self._inbox = Inbox()
         self._training: deque[_Training] = deque()  # under way, in turns
         self._training_waits: deque[TrainingWork] = deque()
         self._results: list[tuple[Callable[[Any], None], Any]] = []
@@ -179,6 +143,12 @@ class Engine:
             work.cancelled = True
         return result
 
+    async def change(self, do: Callable[[], None]) -> None:
+        """Call `do`, which changes the backend's blocks, between two steps; raises what it raises."""
+        answer = asyncio.get_running_loop().create_future()
+        self._inbox.put(Change(do, _setter(answer)))
+        await answer
+
     def close(self, session: Session) -> None:
         """Give up a session: waiting steps are dropped, its cache is free at the next step boundary."""
         if not session.closed:
@@ -221,6 +191,14 @@ class Engine:
             elif isinstance(item, TrainingWork):
                 self._training_waits.append(item)
                 self._scheduler.add_training()
+            elif isinstance(item, Change):
+                try:
+                    item.do()
+                    self._cache.tidy()
+                except Exception as error:
+                    self._results.append((item.done, error))
+                else:
+                    self._results.append((item.done, None))
             elif not item.session.closed:
                 try:
                     self._begin(item)

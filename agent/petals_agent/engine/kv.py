@@ -9,7 +9,7 @@ session may see another's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,12 +96,17 @@ class KVCache:
     """All slabs of a span. Memory is taken when a session takes its first step; empty slabs are kept for the next ones."""
 
     def __init__(
-        self, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device, tokens: int = 16384
+        self,
+        layers: Mapping[int, LayerShape],
+        dtype: torch.dtype,
+        device: torch.device,
+        tokens: int = 16384,
     ) -> None:
-        """`tokens` of each block is what open sessions are promised altogether."""
-        self.layers, self.dtype, self.device = list(layers), dtype, device
+        """`layers` by block number, as they are at any time; `tokens` of each is what open sessions are promised altogether."""
+        self.layers, self.dtype, self.device = layers, dtype, device
         self.held = 0  # tokens × blocks in all slabs
-        self._room = tokens * len(self.layers)  # that shared slabs may still take
+        self._tokens = tokens
+        self._shared_size = 0  # of it, in shared slabs
         self._slabs: dict[tuple[int, int, int], list[Slab]] = {}  # shared ones, by range and capacity
 
     def open(self, session: Session) -> Place:
@@ -135,10 +140,17 @@ class KVCache:
         if slab.empty and slab.capacity > SLAB_TOKENS:
             self._drop(key, slab)
 
+    def tidy(self) -> None:
+        """Drop empty slabs for blocks that are here no more."""
+        for key, slabs in list(self._slabs.items()):
+            if not all(block in self.layers for block in range(key[0], key[1])):
+                for slab in [slab for slab in slabs if slab.empty]:
+                    self._drop(key, slab)
+
     def _shared(self, session: Session, capacity: int) -> Slab | None:
         """A new slab for sessions like this one, or None when there is no room for it."""
         slot = capacity * (session.end - session.start)
-        while self._room < slot * session.rows:
+        while (room := self._tokens * len(self.layers) - self._shared_size) < slot * session.rows:
             empty = next(
                 ((key, slab) for key, slabs in self._slabs.items() for slab in slabs if slab.empty), None
             )
@@ -146,14 +158,15 @@ class KVCache:
                 return None
             self._drop(*empty)
         # at most half of what is left: sessions of another size may come
-        slots = min(MAX_SLOTS, SLAB_TOKENS // capacity, self._room // slot // 2)
+        slots = min(MAX_SLOTS, SLAB_TOKENS // capacity, room // slot // 2)
         slab = self._make(session, max(slots, session.rows), capacity)
         self._slabs.setdefault((session.start, session.end, capacity), []).append(slab)
-        self._room -= slab.size
+        self._shared_size += slab.size
         return slab
 
     def _make(self, session: Session, slots: int, capacity: int) -> Slab:
-        slab = Slab(self.layers[session.start : session.end], slots, capacity, self.dtype, self.device)
+        layers = [self.layers[block] for block in range(session.start, session.end)]
+        slab = Slab(layers, slots, capacity, self.dtype, self.device)
         self.held += slab.size
         return slab
 
@@ -161,7 +174,7 @@ class KVCache:
         self._slabs[key].remove(slab)
         if not self._slabs[key]:
             del self._slabs[key]
-        self._room += slab.size
+        self._shared_size -= slab.size
         self.held -= slab.size
 
     def reorder(self, session: Session, hypo_ids: torch.Tensor) -> None:

@@ -172,7 +172,7 @@ def tensor_names(layer: int) -> dict[str, str]:
 
 
 class LeanBackend:
-    """Blocks [first, …) of a Llama-like model."""
+    """Blocks of a Llama-like model."""
 
     name = "lean"
     solo = False
@@ -180,8 +180,8 @@ class LeanBackend:
     def __init__(self, config: LeanConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self.hidden_size = config.hidden_size
-        self.layers: list[LayerShape] = []
-        self._blocks: list[_Block] = []
+        self.layers: dict[int, LayerShape] = {}
+        self._blocks: dict[int, _Block] = {}
         # Complex rotation needs the pairs (i, i + head_dim/2) side by side; a permutation of q and k alike leaves
         # their products unchanged. Complex numbers exist for float32 only.
         self._interleaved = dtype == torch.float32
@@ -191,9 +191,17 @@ class LeanBackend:
         self._cos = self._sin = torch.empty(0, config.head_dim, dtype=dtype, device=device)
 
     def append(self, tensors: Mapping[str, torch.Tensor], layer: int) -> None:
-        """Add a block: short names of `tensor_names` to tensors as the checkpoint has them; `layer` is absolute."""
-        self._blocks.append(self._fuse(tensors, layer))
-        self.layers.append(LayerShape(self.config.kv_heads, self.config.head_dim))
+        """Add block number `layer`: short names of `tensor_names` to tensors as the checkpoint has them."""
+        self._blocks[layer] = self._fuse(tensors, layer)
+        self.layers[layer] = LayerShape(self.config.kv_heads, self.config.head_dim)
+
+    def join(self, other: LeanBackend) -> None:
+        self._blocks |= other._blocks
+        self.layers |= other.layers
+
+    def keep(self, start: int, end: int) -> None:
+        for layer in [layer for layer in self._blocks if not start <= layer < end]:
+            del self._blocks[layer], self.layers[layer]
 
     def _fuse(self, tensors: Mapping[str, torch.Tensor], layer: int) -> _Block:
         c = self.config

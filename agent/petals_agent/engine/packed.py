@@ -5,9 +5,10 @@ For families that call the interface for every block (SpanModel.uses_interface);
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from petals_agent.engine.backend import Prompts, add_prompts
 from petals_agent.engine.kv import LayerShape
 from petals_agent.engine.plan import AttentionRules, StepPlan
-from petals_agent.models.span import SpanModel
+from petals_agent.models.span import SpanModel, join_spans
 
-_NAME = "petals_packed"
+_numbers = itertools.count()
 
 
 class SpanBackend:
@@ -28,32 +29,51 @@ class SpanBackend:
     name = ""
 
     def __init__(self, span: SpanModel) -> None:
-        self.span = span
+        self.spans = [span]  # in order, with gaps between them
+        self.family = span.family
         self.hidden_size, self.dtype, self.device = span.hidden_size, span.dtype, span.device
         self.solo = span.rope_depends_on_length
-        self.layers = [LayerShape(a.kv_heads, max(a.head_dim, a.value_dim)) for a in span.attention]
+        self.layers = _layers(self.spans)
         fused = span.uses_interface and all(a.softcap is None and not a.sinks for a in span.attention)
         self._whole = "sdpa" if fused else "eager"
         self._selected = ""
         self._views: dict[tuple[int, int], SpanModel] = {}
 
+    def join(self, other: Self) -> None:
+        self._hold(join_spans([*self.spans, *other.spans]))
+
+    def keep(self, start: int, end: int) -> None:
+        cut = [(max(span.start, start), min(span.end, end), span) for span in self.spans]
+        self._hold(join_spans([s.view(a - s.start, b - s.start) for a, b, s in cut if a < b]))
+
+    def _hold(self, spans: list[SpanModel]) -> None:
+        self.spans = spans
+        self.layers.clear()  # the cache looks into this very one
+        self.layers.update(_layers(spans))
+        self._selected = ""
+        self._views.clear()
+
     def _select(self, attention: str) -> None:
         if attention != self._selected:
-            self.span.use_attention(attention)
+            for span in self.spans:
+                span.use_attention(attention)
             self._selected = attention
             self._views.clear()  # a view copies the config it was made under
 
     def _view(self, start: int, end: int) -> SpanModel:
         view = self._views.get((start, end))
         if view is None:
-            view = self._views[start, end] = self.span.view(start, end)
+            span = next((span for span in self.spans if span.start <= start and end <= span.end), None)
+            if span is None:
+                raise KeyError(f"blocks {start}:{end} are not here")
+            view = self._views[start, end] = span.view(start - span.start, end - span.start)
         return view
 
     def forget_lengths(self) -> None:
         """Undo what dynamic rotary embeddings remember of earlier sequences: outputs must not depend on them."""
         if not self.solo:
             return
-        for module in self.span.hf.modules():
+        for module in itertools.chain.from_iterable(span.hf.modules() for span in self.spans):
             if getattr(module, "rope_type", None) == "dynamic":
                 module.register_buffer("inv_freq", module.original_inv_freq, persistent=False)
                 module.max_seq_len_cached = module.original_max_seq_len
@@ -72,18 +92,18 @@ class PackedBackend(SpanBackend):
 
     def __init__(self, span: SpanModel) -> None:
         super().__init__(span)
-        ALL_ATTENTION_FUNCTIONS[_NAME] = self._attention
+        self._interface = f"petals_packed_{next(_numbers)}"  # one table for the whole process
+        ALL_ATTENTION_FUNCTIONS[self._interface] = self._attention
         self._plan: StepPlan | None = None
+        self._base = 0
 
     def step(
         self, hidden: torch.Tensor, plan: StepPlan, start: int, end: int, prompts: Prompts
     ) -> torch.Tensor:
-        # The interface is one table for the process: claim it for this span (tests hold several).
-        ALL_ATTENTION_FUNCTIONS[_NAME] = self._attention
-        self._select(_NAME)
+        self._select(self._interface)
         self.forget_lengths()
         view = self._view(start, end)
-        self._plan = plan
+        self._plan, self._base = plan, view.base
         try:
             with prompted(view, prompts):
                 output = view.hf(
@@ -121,9 +141,17 @@ class PackedBackend(SpanBackend):
             sinks=s_aux,
         )
         kv = torch.cat((key[0], value[0])).transpose(0, 1)
-        layer: int = module.layer_idx  # type: ignore[assignment]
+        layer = self._base + int(module.layer_idx)  # type: ignore[arg-type]
         out = plan.attend(layer, query[0].transpose(0, 1), kv, rules)
         return out.view(1, query.shape[2], query.shape[1], head_dim)[..., :value_dim], None
+
+
+def _layers(spans: list[SpanModel]) -> dict[int, LayerShape]:
+    return {
+        span.start + index: LayerShape(a.kv_heads, max(a.head_dim, a.value_dim))
+        for span in spans
+        for index, a in enumerate(span.attention)
+    }
 
 
 @contextmanager

@@ -60,15 +60,16 @@ class PaddedBackend(SpanBackend):
         self._select("eager")
         self.forget_lengths()
         output = torch.empty_like(hidden)
+        first = plan.first_layer - self._view(start, end).base
         for decode in plan.decodes:
             seen = torch.arange(decode.longest, device=self.device)[None] <= decode.positions[:, None]
-            cache = _StepCache(decode, plan.first_layer, decode.longest - 1)
+            cache = _StepCache(decode, first, decode.longest - 1)
             rows = hidden[decode.tokens][:, None]
             output[decode.tokens] = self._run(
                 start, end, rows, decode.tokens, prompts, cache, seen.long(), decode.positions[:, None]
             )
         for chunk in plan.chunks:
-            cache = _StepCache(chunk, plan.first_layer, chunk.start)
+            cache = _StepCache(chunk, first, chunk.start)
             rows = hidden[chunk.tokens].view(chunk.rows, chunk.count, -1)
             seen = torch.ones(chunk.rows, chunk.start + chunk.count, dtype=torch.long, device=self.device)
             positions = torch.arange(chunk.start, chunk.start + chunk.count, device=self.device)
@@ -90,9 +91,7 @@ class PaddedBackend(SpanBackend):
     ) -> torch.Tensor:
         view = self._view(start, end)
         own = [prompt for prompt in prompts if tokens.start <= prompt[0] < tokens.stop]
-        options: dict[str, Any] = (
-            {} if self.span.family.model_type == "bloom" else {"position_ids": positions}
-        )
+        options: dict[str, Any] = {} if self.family.model_type == "bloom" else {"position_ids": positions}
         with prompted(view, own, tokens.start):
             output = view.hf(
                 inputs_embeds=rows, attention_mask=seen, past_key_values=cache, use_cache=True, **options

@@ -161,7 +161,7 @@ class StepPlan:
     def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor, rules: AttentionRules) -> torch.Tensor:
         """Write `kv` [tokens, 2 × kv_heads, head_dim] into the cache and attend with `q` [tokens, heads, head_dim].
 
-        `layer` counts from the start of our span. Returns [tokens, heads × head_dim].
+        `layer` is the block's number in the model. Returns [tokens, heads × head_dim].
         """
         index = layer - self.first_layer
         if len(self.decodes) == 1 and not self.chunks:

@@ -16,7 +16,7 @@ _numbers = itertools.count(1)
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """`rows` sequences (batch or beams) of at most `max_length` tokens over blocks [start, end) of our span."""
+    """`rows` sequences (batch or beams) of at most `max_length` tokens over blocks [start, end) of the model."""
 
     rows: int
     max_length: int

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-VERSION = 2
+VERSION = 3
 
 
 class _Message(BaseModel):
@@ -29,6 +29,26 @@ class Load(_Message):
     type: Literal["load"] = "load"
     start: int
     end: int
+
+
+class Move(_Message):
+    """Load what blocks [start, end) need beside the present ones, and offer them; answered by `loaded` or `failed`.
+
+    Present blocks outside of them are answered for until `retire`.
+    """
+
+    type: Literal["move"] = "move"
+    start: int
+    end: int
+
+
+class Retire(_Message):
+    """Take in no more sessions on blocks that the last move has left, and drop these when their sessions have ended, at
+    the latest after `timeout` seconds.
+    """
+
+    type: Literal["retire"] = "retire"
+    timeout: float
 
 
 class Attach(_Message):
@@ -126,6 +146,13 @@ class Loaded(_Message):
     stream_names: list[str]
 
 
+class Retired(_Message):
+    """The blocks are gone; `cut` sessions and calls were ended for it."""
+
+    type: Literal["retired"] = "retired"
+    cut: int
+
+
 class Attached(_Message):
     """Handlers are registered."""
 
@@ -186,7 +213,9 @@ class Failed(_Message):
     message: str
 
 
-FromAgent = Inspect | Load | Attach | Canary | Drain | Doors | SetLog | Stop
-FromContainer = Hello | Inspected | Progress | Loaded | Attached | Beat | CanaryAnswer | Drained | Failed
+FromAgent = Inspect | Load | Move | Retire | Attach | Canary | Drain | Doors | SetLog | Stop
+FromContainer = (
+    Hello | Inspected | Progress | Loaded | Retired | Attached | Beat | CanaryAnswer | Drained | Failed
+)
 TO_CONTAINER: TypeAdapter[FromAgent] = TypeAdapter(Annotated[FromAgent, Field(discriminator="type")])
 TO_AGENT: TypeAdapter[FromContainer] = TypeAdapter(Annotated[FromContainer, Field(discriminator="type")])

@@ -10,7 +10,7 @@ The runner is slow and obviously right: the engine's backends are checked agains
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,15 +50,28 @@ class SpanModel(nn.Module):
 
     hf: PreTrainedModel
 
-    def __init__(self, family: Family, hf: PreTrainedModel, start: int, first: int = 0) -> None:
+    def __init__(
+        self,
+        family: Family,
+        whole: PreTrainedConfig,
+        hf: PreTrainedModel,
+        start: int,
+        first: int = 0,
+    ) -> None:
+        """`whole` is the config of the whole model; the modules' numbers begin with `first`."""
         super().__init__()
-        self.family, self.hf, self.start, self._first = family, hf, start, first
+        self.family, self.whole, self.hf, self.start, self._first = family, whole, hf, start, first
         self.attention: tuple[BlockAttention, ...] = ()
         self.uses_interface = False
 
     @property
     def blocks(self) -> nn.ModuleList:
         return getattr(self.hf, self.family.layers)  # type: ignore[no-any-return]
+
+    @property
+    def base(self) -> int:
+        """What to add to a module's `layer_idx` for its number in the model."""
+        return self.start - self._first
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -102,7 +115,7 @@ class SpanModel(nn.Module):
         hf._modules = dict(self.hf._modules)
         setattr(hf, self.family.layers, nn.ModuleList(self.blocks[start:end]))
         hf.config = slice_config(self.config, start, end)
-        view = SpanModel(self.family, hf, self.start + start, self._first + start)
+        view = SpanModel(self.family, self.whole, hf, self.start + start, self._first + start)
         view.attention, view.uses_interface = self.attention[start:end], self.uses_interface
         return view
 
@@ -180,7 +193,7 @@ def load_span(
     checkpoint = Checkpoint.open(source, source.block_tensors(start, end), progress)
     with torch.inference_mode(False), torch.no_grad():
         shell = _shell(source.family, slice_config(config, start, end)).to(device)
-        span = SpanModel(source.family, shell, start)
+        span = SpanModel(source.family, config, shell, start)
         for number in range(start, end):
             one, tensors = slice_config(config, number, number + 1), checkpoint.block(number)
             block = _load_block(source.family, one, number, tensors, dtype)
@@ -191,6 +204,32 @@ def load_span(
         span.requires_grad_(False)
         _check(span)
     return span
+
+
+def join_spans(parts: Sequence[SpanModel]) -> list[SpanModel]:
+    """The blocks of several spans of one model as few spans, in order and renumbered; the parts are not used any more."""
+    runs: list[list[SpanModel]] = []
+    for part in sorted(parts, key=lambda part: part.start):
+        if runs and runs[-1][-1].end == part.start:
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    return [_join(run) for run in runs]
+
+
+def _join(parts: list[SpanModel]) -> SpanModel:
+    first = parts[0]
+    config = slice_config(first.whole, first.start, parts[-1].end)
+    config._attn_implementation = first.config._attn_implementation
+    with torch.inference_mode(False), torch.no_grad():
+        joined = SpanModel(
+            first.family, first.whole, _shell(first.family, config).to(first.device), first.start
+        )
+    for index, block in enumerate(block for part in parts for block in part.blocks):
+        joined.blocks.append(_renumber(block, index, joined.config))
+    joined.attention = tuple(attention for part in parts for attention in part.attention)
+    joined.uses_interface = all(part.uses_interface for part in parts)
+    return joined.requires_grad_(False)
 
 
 def _shell(family: Family, config: PreTrainedConfig) -> PreTrainedModel:

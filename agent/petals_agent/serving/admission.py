@@ -54,6 +54,11 @@ class CacheLedger:
                 raise CacheFull(f"{units} cache units did not become free within {timeout:g} s") from None
             raise
 
+    def resize(self, capacity: int) -> None:
+        """Another capacity; what is taken stays so."""
+        self.capacity = capacity
+        self._grant()
+
     def release(self, units: int) -> None:
         """Give back what `reserve` took."""
         self.used -= units

@@ -59,7 +59,8 @@ async def call(
                 wire.number(metadata, "points", 0.0)
                 tensors = wire.ordered(request.tensors, metadata.get("args_structure"))
                 arguments = await asyncio.to_thread(_arguments, server, tensors, end - start, backward)
-                outputs = await engine.train(start, end, *arguments)
+                with server.using(object(), (start, end)):
+                    outputs = await engine.train(start, end, *arguments)
                 codecs = _output_codecs(metadata, len(outputs), server.compression)
                 return await asyncio.to_thread(
                     lambda: [wire.encode_tensor(t, codec) for t, codec in zip(outputs, codecs, strict=True)]

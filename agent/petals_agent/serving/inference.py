@@ -70,11 +70,23 @@ async def _session(server: BlockServer, stream: Stream) -> None:
     wire.number(metadata, "points", 0.0)
     tensors = wire.ordered(request.tensors, metadata.get("args_structure"))
     session = Session(_rows(server, tensors), _max_length(server, metadata), start, end)
+    with server.using(stream, (start, end)):
+        await _serve(server, stream, session, request, metadata)
+
+
+async def _serve(
+    server: BlockServer,
+    stream: Stream,
+    session: Session,
+    request: runtime_pb2.ExpertRequest,
+    metadata: dict[str, Any],
+) -> None:
+    limits = server.limits
     session_id = wire.text(metadata, "session_id")
     if session_id is not None:
         server.pushes.open(session_id, stream)
     try:
-        units = 2 * session.rows * session.max_length * (end - start)
+        units = 2 * session.rows * session.max_length * (session.end - session.start)
         wait = min(wire.number(metadata, "alloc_timeout", 0.0), limits.max_alloc_timeout)
         await server.ledger.reserve(units, wait)
         try:

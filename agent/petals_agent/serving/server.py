@@ -1,4 +1,7 @@
-"""The span that is served: which blocks, with which engine, limits and cache; what all RPC handlers share."""
+"""The span that is served: which blocks, with which engine, limits and cache; what all RPC handlers share.
+
+While a span moves, the blocks of both are here: those that leave are answered for until `leave` refuses them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class BlockServer:
-    """Blocks [start, end) of the model `prefix`, absolute numbers."""
+    """Blocks [start, end) of the model `prefix`, and for a while those that a move has left behind."""
 
     engine: Engine
     prefix: str
@@ -42,8 +45,11 @@ class BlockServer:
     calls: int = 0  # forwards and backwards among them
     closed: bool = False  # to new sessions and calls
     budget: ByteBudget = field(init=False)  # for requests that wait
+    _open: dict[object, tuple[int, int]] = field(default_factory=dict)  # sessions and calls, and their blocks
     _draining: bool = False
+    _left: bool = False  # blocks outside of [start, end) are refused
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.budget = ByteBudget(self.limits.waiting_bytes(self.engine.backend.hidden_size, self.blocks))
@@ -52,14 +58,20 @@ class BlockServer:
     def blocks(self) -> int:
         return self.end - self.start
 
+    @property
+    def message_bytes(self) -> int:
+        """Largest single message on a stream."""
+        return self.limits.message_bytes(self.engine.backend.hidden_size, len(self.engine.backend.layers))
+
     def chain(self, uid: str) -> tuple[int, int]:
-        """Block range, counted from the start of our span, that a chain of uids names.
+        """The blocks [first, end) that a chain of uids names.
 
         Raises RequestError when a block is not served here or they are not adjacent and ascending.
         """
-        blocks = parse_chain(uid, self.prefix, self.blocks)
+        here = self.engine.backend.layers
+        blocks = parse_chain(uid, self.prefix, len(here))
         for block in blocks:
-            if not self.start <= block < self.end:
+            if block not in here or (self._left and not self.start <= block < self.end):
                 raise RequestError(
                     f"Remote peer does not serve {block_uid(self.prefix, block)}; it serves blocks {self.start}:{self.end}"
                 )
@@ -68,7 +80,7 @@ class BlockServer:
             raise RequestError(
                 f"the chain {list(blocks)[:8]}… jumps; send adjacent blocks in ascending order"
             )
-        return first - self.start, last + 1 - self.start
+        return first, last + 1
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -83,6 +95,40 @@ class BlockServer:
             self.requests += 1
             if self.in_flight == 0:
                 self._idle.set()
+
+    @contextmanager
+    def using(self, who: object, blocks: tuple[int, int]) -> Iterator[None]:
+        """Around each session and call: blocks that are in use are not taken away."""
+        self._open[who] = blocks
+        try:
+            yield
+        finally:
+            del self._open[who]
+            self._ended.set()
+
+    def offer(self, start: int, end: int, cache_units: int) -> None:
+        """From now on our span is [start, end); other blocks that are here are still answered for."""
+        self.start, self.end, self._left = start, end, False
+        self.ledger.resize(cache_units)
+        self.budget.limit = self.limits.waiting_bytes(self.engine.backend.hidden_size, self.blocks)
+
+    async def leave(self, timeout: float) -> list[object]:
+        """Refuse new sessions and calls on blocks outside of our span, and wait for the end of those that are open.
+
+        Returns who still uses such blocks after `timeout` seconds.
+        """
+        self._left = True
+        try:
+            async with asyncio.timeout(timeout):
+                while self._staying():
+                    self._ended.clear()
+                    await self._ended.wait()
+        except TimeoutError:
+            pass
+        return self._staying()
+
+    def _staying(self) -> list[object]:
+        return [who for who, (a, b) in self._open.items() if a < self.start or b > self.end]
 
     def check_open(self) -> None:
         """Raise Refused to whoever is new while our doors are closed."""

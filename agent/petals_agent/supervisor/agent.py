@@ -31,6 +31,7 @@ from petals_agent.supervisor.company import Company  # noqa: E402
 from petals_agent.supervisor.control import ControlServer  # noqa: E402
 from petals_agent.supervisor.decisions import Decisions  # noqa: E402
 from petals_agent.supervisor.draining import Draining, Order  # noqa: E402
+from petals_agent.supervisor.moving import Moving  # noqa: E402
 from petals_agent.supervisor.network import Network  # noqa: E402
 from petals_agent.supervisor.notify import Notifier  # noqa: E402
 from petals_agent.supervisor.reachability import Reachability  # noqa: E402
@@ -80,6 +81,7 @@ class Agent:
             self.notifier,
             self.life,
         )
+        self.moving = Moving(config, self.serving, self.announcing, self.life)
         self.company = Company(
             self.network, config.swarm.entry_peers, config.state_dir / "peers.json", self.life
         )
@@ -179,6 +181,7 @@ class Agent:
             "reload": self._reload,
             "drain": self._drain,
             "undrain": self._undrain,
+            "rebalance": self._rebalance,
         }
         control = ControlServer(socket, actions)
         try:
@@ -235,7 +238,7 @@ class Agent:
         done = merge(self.config, new)
         self.config = done.config
         set_level(done.config.log.level)
-        for part in (self.serving, self.announcing, self.care):
+        for part in (self.serving, self.announcing, self.care, self.moving):
             part.take(done.config)
         changes = ", ".join(done.applied) or "nothing changed"
         later = f"; after a restart: {', '.join(done.needs_restart)}" if done.needs_restart else ""
@@ -249,6 +252,10 @@ class Agent:
 
     async def _undrain(self, request: object) -> dict[str, object]:
         self.draining.undrain()
+        return {}
+
+    async def _rebalance(self, request: Mapping[str, Any]) -> dict[str, object]:
+        await self.moving.move(self.moving.read(request.get("blocks")), "an operator asked for it")
         return {}
 
     # --- what it says of itself

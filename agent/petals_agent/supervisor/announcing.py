@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NoReturn
 
@@ -24,6 +25,7 @@ from petals_agent.swarm.announcer import Announced, announce, register_model
 from petals_agent.swarm.pings import PingBook, ping_all, ping_targets
 from petals_agent.swarm.records import ModelRecord, ServerInfo, ServerState
 from petals_agent.swarm.throughput import span_throughput
+from petals_agent.swarm.uids import runs
 from petals_agent.swarm.view import read_view
 
 log = logging.getLogger("petals_agent.announcing")
@@ -51,6 +53,8 @@ class Announcing:
         self._first_said = asyncio.Event()
         self._over = False
         self._left: LeftBehind | None = None
+        self._standing: dict[int, float] = {}  # our JOINING and ONLINE records: block → when it expires
+        self._settled = asyncio.Event()  # the DHT holds what we serve, and nothing else of us
         self.announced: Announced | None = None
 
     def take(self, config: Config) -> None:
@@ -78,6 +82,16 @@ class Announcing:
             self._life.warn("announce", text, announced="offline", reason=str(error))
         else:
             await asyncio.to_thread(self._marker.remove)
+
+    async def settle(self, timeout: float) -> None:
+        """Wait until the DHT has taken that our span is another one. Raises SwarmError after `timeout` seconds."""
+        self._settled.clear()
+        self._serving.changed.set()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._settled.wait()
+        except TimeoutError:
+            raise SwarmError(f"the DHT did not take our new records within {timeout:g} s") from None
 
     @property
     def throughput(self) -> float | None:
@@ -132,24 +146,52 @@ class Announcing:
             await asyncio.to_thread(self._marker.write, self._left)
             if self._over:  # OFFLINE is on its way meanwhile
                 return
-        self.announced = await announce(
-            connection.node,
-            connection.daemon.peer_id,
-            model.dht_prefix,
-            span,
-            self._record(state, span, model.dtype),
-            update_period=self._config.swarm.update_period,
-            timeout=timeout,
-            after=before.expires if before is not None else 0.0,
-        )
-        if before is None or before.state is not state:
+        arriving = self._serving.arriving if state is ServerState.ONLINE else None
+        here, new = set(range(*span)), set(range(*(arriving or (0, 0))))
+        if state is ServerState.OFFLINE:
+            here |= self._standing.keys()
+
+        async def say(state: ServerState, blocks: Iterable[int], span: tuple[int, int]) -> Announced:
+            numbers = sorted(blocks)
+            said = await announce(
+                connection.node,
+                connection.daemon.peer_id,
+                model.dht_prefix,
+                span,
+                self._record(state, span, model.dtype),
+                update_period=self._config.swarm.update_period,
+                timeout=timeout,
+                blocks=numbers,
+                after=max((self._standing.get(block, 0.0) for block in numbers), default=0.0),
+            )
+            if state is ServerState.OFFLINE:
+                for block in numbers:
+                    self._standing.pop(block, None)
+            else:
+                self._standing |= dict.fromkeys(numbers, said.expires)
+            return said
+
+        self.announced = await say(state, here, span)
+        # a record with a range speaks for all of it: these must not speak for what is served
+        for run in runs(new - here):
+            await say(ServerState.JOINING, range(*run), run)
+        for run in runs(self._standing.keys() - here - new):
+            await say(ServerState.OFFLINE, range(*run), run)
+        if (self._serving.span, self._serving.arriving) == (span, arriving):
+            self._settled.set()
+        if before is None or (before.state, before.start, before.end) != (state, *span):
             text = f"{state.name} for blocks {span[0]}:{span[1]}"
             self._life.note("announce", text, announced=state.name.lower(), span=f"{span[0]}:{span[1]}")
 
     def _left_behind(self, connection: Connection, prefix: str, span: tuple[int, int]) -> LeftBehind:
         peers = [*self._config.swarm.entry_peers, *self._network.known]
         period = self._config.swarm.update_period
-        return LeftBehind(connection.daemon.peer_id, prefix, span[0], span[1], period, tuple(peers[:64]))
+        said = {
+            *span,
+            *(self._serving.arriving or ()),
+            *(block for b in self._standing for block in (b, b + 1)),
+        }
+        return LeftBehind(connection.daemon.peer_id, prefix, min(said), max(said), period, tuple(peers[:64]))
 
     def _record(self, state: ServerState, span: tuple[int, int], dtype: str) -> ServerInfo:
         """Our record as it is true now."""

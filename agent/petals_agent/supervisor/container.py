@@ -26,6 +26,7 @@ Answer = TypeVar(
     messages.Hello,
     messages.Inspected,
     messages.Loaded,
+    messages.Retired,
     messages.Attached,
     messages.CanaryAnswer,
     messages.Drained,

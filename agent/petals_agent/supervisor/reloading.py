@@ -13,6 +13,7 @@ LIVE = frozenset(
         ("swarm", "public_name"),
         ("swarm", "update_period"),
         ("serve", "drain_timeout"),
+        ("balance", "drain_timeout"),
         ("health", "repair"),
         ("health", "ready"),
         ("health", "recoveries_per_hour"),

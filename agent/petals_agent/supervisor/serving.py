@@ -60,6 +60,7 @@ class Serving:
         self.state = ServerState.JOINING
         self.model: messages.Inspected | None = None
         self.span: tuple[int, int] | None = None
+        self.arriving: tuple[int, int] | None = None  # what is loaded beside it
         self.loaded: messages.Loaded | None = None
         self.measured: messages.Loaded | None = None  # the last one, also while the next is loading
         self.progress: messages.Progress | None = None
@@ -126,6 +127,19 @@ class Serving:
         self._config = config
         if self.container is not None and self.container.alive:
             self.container.tell(messages.SetLog(level=config.log.level))
+
+    def arrive(self, span: tuple[int, int] | None) -> None:
+        """What is announced as JOINING beside our span, while it is loaded."""
+        self.arriving = span
+        self.progress = None
+        self.changed.set()
+
+    def offer(self, loaded: messages.Loaded) -> None:
+        """The container serves another span from now on."""
+        self.span = loaded.start, loaded.end
+        self.loaded = self.measured = loaded
+        self._tell_loaded(loaded)
+        self.changed.set()
 
     def move_doors(self, closed: str | None) -> None:
         """Close them to new sessions, for the reason given, or open them; announced OFFLINE while they are closed."""

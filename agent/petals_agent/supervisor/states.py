@@ -19,6 +19,7 @@ class State(enum.Enum):
     STARTING = "starting"
     JOINING = "joining"
     ONLINE = "online"
+    REBALANCING = "rebalancing"
     RECOVERING = "recovering"
     DRAINING = "draining"
     STOPPING = "stopping"
@@ -28,7 +29,8 @@ class State(enum.Enum):
 ALLOWED: dict[State, frozenset[State]] = {
     State.STARTING: frozenset({State.JOINING, State.STOPPING}),
     State.JOINING: frozenset({State.ONLINE, State.RECOVERING, State.DRAINING, State.STOPPING}),
-    State.ONLINE: frozenset({State.RECOVERING, State.DRAINING, State.STOPPING}),
+    State.ONLINE: frozenset({State.REBALANCING, State.RECOVERING, State.DRAINING, State.STOPPING}),
+    State.REBALANCING: frozenset({State.ONLINE, State.RECOVERING, State.DRAINING, State.STOPPING}),
     State.RECOVERING: frozenset({State.JOINING, State.ONLINE, State.DRAINING, State.STOPPING}),
     State.DRAINING: frozenset({State.ONLINE, State.RECOVERING, State.STOPPING}),
     State.STOPPING: frozenset({State.OFFLINE}),

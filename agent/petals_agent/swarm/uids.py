@@ -5,6 +5,7 @@ A block is `{prefix}.{index}`, a chain is blocks joined by one space in the orde
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from reprlib import repr as show  # short, whatever is shown
 
 from petals_agent.errors import LimitExceeded, RequestError
@@ -87,3 +88,14 @@ def check_peer_id(text: object) -> str:
     if not is_sha256 and not is_inline_key:
         raise ValueError(f"{text!r} decodes to {len(raw)} bytes that are no multihash, so it is no peer id")
     return text
+
+
+def runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    """Block numbers as ascending ranges [start, end)."""
+    found: list[tuple[int, int]] = []
+    for block in sorted(blocks):
+        if found and found[-1][1] == block:
+            found[-1] = (found[-1][0], block + 1)
+        else:
+            found.append((block, block + 1))
+    return found
