@@ -86,3 +86,8 @@ def signal_child(process: asyncio.subprocess.Process, number: int) -> None:
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
+
+
+def describe_exit(status: int) -> str:
+    """`killed by signal 9` or `exit status 3`."""
+    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"

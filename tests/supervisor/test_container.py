@@ -15,8 +15,8 @@ from petals_agent import __version__
 from petals_agent.errors import AgentError, CheckpointError, ConfigError, ContainerError
 from petals_agent.link import messages
 from petals_agent.link.channel import Channel
-from petals_agent.processes import start_child
-from petals_agent.supervisor.container import ContainerProcess, describe_exit
+from petals_agent.processes import describe_exit, start_child
+from petals_agent.supervisor.container import ContainerProcess
 
 
 class Scripted:

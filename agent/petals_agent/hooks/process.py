@@ -7,8 +7,6 @@ import contextlib
 import itertools
 import os
 import signal
-import socket
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +14,8 @@ from petals_agent import __version__
 from petals_agent.errors import ContainerError, PluginError
 from petals_agent.hooks import messages
 from petals_agent.link.channel import Channel
-from petals_agent.processes import start_child
+from petals_agent.link.child import start_linked
+from petals_agent.processes import describe_exit
 
 START_TIMEOUT_S = 30.0
 
@@ -44,26 +43,11 @@ class PluginProcess:
     @classmethod
     async def start(cls, log_level: str, log_format: str) -> PluginProcess:
         """Start the process and wait for its first message. Raises PluginError."""
-        ours, theirs = socket.socketpair()
-        channel = await Channel.open(ours, messages.TO_AGENT)
-        command = [
-            sys.executable,
-            "-P",  # the folder that we happen to be in holds no code of ours
-            "-m",
-            "petals_agent.hooks.host",
-            f"--link-fd={theirs.fileno()}",
-            f"--log-level={log_level}",
-            f"--log-format={log_format}",
-        ]
+        options = (f"--log-level={log_level}", f"--log-format={log_format}")
         try:
-            process = await start_child(command, pass_fds=(theirs.fileno(),))
-        except BaseException as error:
-            channel.close()
-            if not isinstance(error, OSError):
-                raise
+            process, channel = await start_linked("petals_agent.hooks.host", messages.TO_AGENT, options)
+        except OSError as error:
             raise PluginError(f"no plugin host could be started: {error}") from error
-        finally:
-            theirs.close()
         self = cls(process, channel)
         try:
             hello = await self._next(START_TIMEOUT_S)
@@ -162,7 +146,7 @@ class PluginProcess:
         self._kill()  # without its link it is of no use
         status = await self.process.wait()
         self._channel.close()
-        return problem or _how(status)
+        return problem or describe_exit(status)
 
     def _kill(self) -> None:
         """The whole group: programs that plugins have started go with their plugins."""
@@ -188,7 +172,3 @@ class CallFailed(PluginError):
     def __init__(self, answer: messages.Failed) -> None:
         super().__init__(answer.reason)
         self.kind = answer.kind
-
-
-def _how(status: int) -> str:
-    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"

@@ -6,8 +6,6 @@ import asyncio
 import logging
 import os
 import signal
-import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,8 @@ from petals_agent import __version__
 from petals_agent.errors import AgentError, ConfigError, ContainerError, ModelError
 from petals_agent.link import messages
 from petals_agent.link.channel import Channel
-from petals_agent.processes import signal_child, start_child
+from petals_agent.link.child import start_linked
+from petals_agent.processes import describe_exit, signal_child
 
 log = logging.getLogger("petals_agent.container")
 
@@ -61,31 +60,17 @@ class ContainerProcess:
     @classmethod
     async def start(cls, socket_dir: Path, log_level: str, log_format: str) -> ContainerProcess:
         """Start the process; it imports torch while we go on. `hello` tells when it is there. Raises ContainerError."""
-        ours, theirs = socket.socketpair()
-        channel = await Channel.open(ours, messages.TO_AGENT)
-        command = [
-            sys.executable,
-            "-P",  # the folder that we happen to be in holds no code of ours
-            "-m",
-            "petals_agent.container.main",
-            f"--link-fd={theirs.fileno()}",
-            f"--socket-dir={socket_dir}",
-            f"--log-level={log_level}",
-            f"--log-format={log_format}",
-        ]
+        options = (f"--socket-dir={socket_dir}", f"--log-level={log_level}", f"--log-format={log_format}")
         threads = {
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_cores())),
             "OMP_WAIT_POLICY": "PASSIVE",
         }
         try:
-            process = await start_child(command, environment=threads, pass_fds=(theirs.fileno(),))
-        except BaseException as error:
-            channel.close()
-            if not isinstance(error, OSError):
-                raise
+            process, channel = await start_linked(
+                "petals_agent.container.main", messages.TO_AGENT, options, threads
+            )
+        except OSError as error:
             raise ContainerError(f"no container could be started: {error}") from error
-        finally:
-            theirs.close()
         return cls(process, channel)
 
     async def hello(self, timeout: float) -> None:
@@ -202,11 +187,6 @@ class ContainerProcess:
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
         self._channel.close()
-
-
-def describe_exit(status: int) -> str:
-    """`killed by signal 9` or `exit status 3`."""
-    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
 
 
 def oom_kills(
