@@ -26,7 +26,7 @@ class Decision:
     """One decision: what was done and why, with the figures it was made on."""
 
     time: float  # unix seconds
-    kind: str  # "blocks", "restart", "ping_withheld", "drain", "rebalance", "recovery", "give_up", …
+    kind: str  # "blocks", "restart", "ping_withheld", "drain", "move", "recovery", "give_up", …
     what: str
     why: str
     facts: Mapping[str, Any] = field(default_factory=dict)
