@@ -12,6 +12,7 @@ from rich.table import Table
 
 _COLOURS = {
     "online": "green",
+    "rebalancing": "green",
     "joining": "yellow",
     "starting": "yellow",
     "draining": "yellow",

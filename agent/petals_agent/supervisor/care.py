@@ -24,7 +24,7 @@ from petals_agent.supervisor.network import Network
 from petals_agent.supervisor.notify import Notifier
 from petals_agent.supervisor.served import Caller
 from petals_agent.supervisor.serving import Serving
-from petals_agent.supervisor.states import Life, State
+from petals_agent.supervisor.states import SERVING, Life, State
 from petals_agent.supervisor.swarm_probes import SwarmProbes
 
 _TICK_S = 0.25
@@ -107,9 +107,9 @@ class Care:
             elif self._serving.doubted:
                 self._serving.attach_again()
             if self._config.repair and (self._repair is None or self._repair.done()):
-                serving = self._life.state in (State.ONLINE, State.DRAINING)
+                serving = self._life.state in SERVING
                 step = self._ladder.next(self.verdict, now, serving)
-                if self._budget.exhausted(now) and self._life.state not in (State.ONLINE, State.DRAINING):
+                if self._budget.exhausted(now) and not serving:
                     step = Step.GIVE_UP
                 if step is Step.GIVE_UP:
                     await self._give_up()
@@ -184,10 +184,7 @@ class Care:
 
     def _speak_to_systemd(self, now: float) -> None:
         life, notifier = self._life, self._notifier
-        ready = {State.ONLINE, State.DRAINING} | (
-            {State.JOINING} if self._config.ready == "joining" else set()
-        )
-        if life.state in ready:
+        if life.state in SERVING or (life.state is State.JOINING and self._config.ready == "joining"):
             notifier.ready()
         notifier.status(self.line)
         if now - self._pinged < _PING_S:

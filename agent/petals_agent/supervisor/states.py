@@ -26,6 +26,9 @@ class State(enum.Enum):
     OFFLINE = "offline"
 
 
+SERVING = frozenset({State.ONLINE, State.REBALANCING, State.DRAINING})
+"""In which open sessions are answered."""
+
 ALLOWED: dict[State, frozenset[State]] = {
     State.STARTING: frozenset({State.JOINING, State.STOPPING}),
     State.JOINING: frozenset({State.ONLINE, State.RECOVERING, State.DRAINING, State.STOPPING}),
