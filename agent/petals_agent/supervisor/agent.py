@@ -23,9 +23,11 @@ from petals_agent.p2p import light
 light.install(without_torch=True)
 
 from petals_agent.health.recovery import Budget  # noqa: E402
+from petals_agent.hooks.caller import PluginCaller  # noqa: E402
 from petals_agent.p2p.daemon import DaemonOptions  # noqa: E402
 from petals_agent.processes import raise_file_limit  # noqa: E402
 from petals_agent.supervisor.announcing import Announcing  # noqa: E402
+from petals_agent.supervisor.balancing import Balancing  # noqa: E402
 from petals_agent.supervisor.care import Care  # noqa: E402
 from petals_agent.supervisor.company import Company  # noqa: E402
 from petals_agent.supervisor.control import ControlServer  # noqa: E402
@@ -81,7 +83,11 @@ class Agent:
             self.notifier,
             self.life,
         )
+        self.plugins = PluginCaller(config)
         self.moving = Moving(config, self.serving, self.announcing, self.life)
+        self.balancing = Balancing(
+            config, self.network, self.serving, self.announcing, self.moving, self.plugins, self.life
+        )
         self.company = Company(
             self.network, config.swarm.entry_peers, config.state_dir / "peers.json", self.life
         )
@@ -127,6 +133,17 @@ class Agent:
         """What `shutdown` does, from the agent's own thread, without waiting for the end."""
         self._drain_timeout = timeout
         self._asked_to_stop.set()
+
+    def should_choose_other_blocks(self) -> bool:
+        """Whether this server should leave its blocks for others, after a wait of uniform(0, 2·mean_balance_check_period) s.
+
+        To be called from another thread than that of `run`, while the agent runs; raises RuntimeError otherwise.
+        """
+        with self._lock:
+            if self._loop is None or self._ended.is_set() or threading.get_ident() == self._thread:
+                raise RuntimeError("should_choose_other_blocks() is for another thread, while the agent runs")
+            asked = asyncio.run_coroutine_threadsafe(self.balancing.should_choose_other_blocks(), self._loop)
+        return asked.result()
 
     async def _run_with_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -187,6 +204,7 @@ class Agent:
         try:
             await control.start()
             remove_stale_sockets(socket.parent)
+            await self.plugins.start()
             try:
                 await first(
                     self._asked_to_stop.wait(),
@@ -199,9 +217,11 @@ class Agent:
                     self.company.run(),
                     self.scraping.run(),
                     self.draining.run(),
+                    self.balancing.run(),
                 )
             finally:
                 await self._leave()
+                await self.plugins.stop()
         finally:
             await control.stop()
             lock.release()
@@ -238,8 +258,9 @@ class Agent:
         done = merge(self.config, new)
         self.config = done.config
         set_level(done.config.log.level)
-        for part in (self.serving, self.announcing, self.care, self.moving):
+        for part in (self.serving, self.announcing, self.care, self.moving, self.balancing):
             part.take(done.config)
+        await self.plugins.reload(done.config)
         changes = ", ".join(done.applied) or "nothing changed"
         later = f"; after a restart: {', '.join(done.needs_restart)}" if done.needs_restart else ""
         applied, waiting = ", ".join(done.applied), ", ".join(done.needs_restart)
@@ -255,8 +276,11 @@ class Agent:
         return {}
 
     async def _rebalance(self, request: Mapping[str, Any]) -> dict[str, object]:
-        await self.moving.move(self.moving.read(request.get("blocks")), "an operator asked for it")
-        return {}
+        """Move to `blocks`, or where the balance wants us; with `dry_run` only say so."""
+        blocks = request.get("blocks")
+        span = None if blocks is None else self.moving.read(blocks)
+        moved = await self.balancing.rebalance(span, dry_run=bool(request.get("dry_run")))
+        return {"moved": moved, "said": self.balancing.last}
 
     # --- what it says of itself
 

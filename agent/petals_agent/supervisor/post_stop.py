@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from petals_agent import __version__
+from petals_agent.balance.snapshot import FOLLOWER
 from petals_agent.errors import AgentError, SwarmError
 from petals_agent.p2p import light
 from petals_agent.supervisor.marker import LeftBehind, Marker
@@ -68,7 +69,7 @@ async def withdraw(left: LeftBehind) -> None:
                     throughput=0.0,
                     start_block=left.start,
                     end_block=left.end,
-                    version=__version__,
+                    version=f"{FOLLOWER} {__version__}",
                 )
                 await announce(
                     node,
