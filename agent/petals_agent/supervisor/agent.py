@@ -33,6 +33,7 @@ from petals_agent.supervisor.company import Company  # noqa: E402
 from petals_agent.supervisor.control import ControlServer  # noqa: E402
 from petals_agent.supervisor.decisions import Decisions  # noqa: E402
 from petals_agent.supervisor.draining import Draining, Order  # noqa: E402
+from petals_agent.supervisor.last_words import LastWords  # noqa: E402
 from petals_agent.supervisor.moving import Moving  # noqa: E402
 from petals_agent.supervisor.network import Network  # noqa: E402
 from petals_agent.supervisor.notify import Notifier  # noqa: E402
@@ -44,7 +45,9 @@ from petals_agent.supervisor.serving import Serving  # noqa: E402
 from petals_agent.supervisor.sockets import check_socket_folder, remove_stale_sockets  # noqa: E402
 from petals_agent.supervisor.states import Life, State  # noqa: E402
 from petals_agent.supervisor.status import Status, read_status  # noqa: E402
+from petals_agent.supervisor.swarm_facts import agent_facts  # noqa: E402
 from petals_agent.supervisor.tasks import first  # noqa: E402
+from petals_agent.supervisor.telling import Telling  # noqa: E402
 from petals_agent.swarm.identity import IdentityLock, ensure_identity  # noqa: E402
 
 log = logging.getLogger("petals_agent")
@@ -84,6 +87,11 @@ class Agent:
             self.life,
         )
         self.plugins = PluginCaller(config)
+        self.telling = Telling(self.plugins)
+        self.life.on_change = lambda before, after, why, took: self.telling.state(
+            before.value, after.value, why, took, self.serving.span
+        )
+        self._last_words = LastWords(config.state_dir)
         self.moving = Moving(config, self.serving, self.announcing, self.life)
         self.balancing = Balancing(
             config, self.network, self.serving, self.announcing, self.moving, self.plugins, self.life
@@ -204,7 +212,7 @@ class Agent:
         try:
             await control.start()
             remove_stale_sockets(socket.parent)
-            await self.plugins.start()
+            await self._start_plugins()
             try:
                 await first(
                     self._asked_to_stop.wait(),
@@ -218,13 +226,30 @@ class Agent:
                     self.scraping.run(),
                     self.draining.run(),
                     self.balancing.run(),
+                    self.telling.run(),
                 )
             finally:
                 await self._leave()
+                await self._say_last_words()
                 await self.plugins.stop()
         finally:
             await control.stop()
             lock.release()
+
+    async def _start_plugins(self) -> None:
+        """Load them, and tell them of a stop that nobody could tell before."""
+        await self.plugins.start()
+        await self._last_words.tell(self.plugins, clean=False, reason="the agent ended without a word")
+        self._last_words.begin()
+        facts = agent_facts(self.config, self.config.model.dht_prefix, self.peer_id)
+        await self.plugins.call("on_start", config=facts)
+
+    async def _say_last_words(self) -> None:
+        timeout = self.config.plugins.timeout
+        self.notifier.extend_stop(_STOP_MARGIN_S + 2 * timeout)
+        await self.telling.finish(timeout)
+        reason = "asked to stop" if self._asked_to_stop.is_set() else "cannot go on"
+        await self._last_words.tell(self.plugins, clean=True, reason=reason)
 
     async def _leave(self) -> None:
         """OFFLINE first, then no new requests, then those in flight, then the processes."""
