@@ -67,6 +67,11 @@ class Agent:
         self.started = time.time()
         self.peer_id = ""
         socket_dir = config.control.socket.parent
+        self.plugins = PluginCaller(config)
+        self.telling = Telling(self.plugins)
+        self.life.on_change = lambda before, after, why, took: self.telling.state(
+            before.value, after.value, why, took, self.serving.span
+        )
         self.notifier = Notifier()
         budget = Budget(config.health.recoveries_per_hour)
         self.network = Network(_daemon_options(config), self.life, budget)
@@ -74,7 +79,9 @@ class Agent:
         self.reachability = Reachability(
             config.swarm.reachability, self.network, config.swarm.entry_peers, socket_dir, self.life
         )
-        self.serving = Serving(config, self.network, self.reachability, self.caller, budget, self.life)
+        self.serving = Serving(
+            config, self.network, self.reachability, self.caller, self.plugins, budget, self.life
+        )
         self.announcing = Announcing(config, self.network, self.reachability, self.serving, self.life)
         self.care = Care(
             config,
@@ -84,12 +91,9 @@ class Agent:
             self.caller,
             budget,
             self.notifier,
+            self.plugins,
+            self.telling,
             self.life,
-        )
-        self.plugins = PluginCaller(config)
-        self.telling = Telling(self.plugins)
-        self.life.on_change = lambda before, after, why, took: self.telling.state(
-            before.value, after.value, why, took, self.serving.span
         )
         self._last_words = LastWords(config.state_dir)
         self.moving = Moving(config, self.serving, self.announcing, self.life)
