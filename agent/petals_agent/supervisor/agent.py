@@ -24,6 +24,7 @@ light.install(without_torch=True)
 
 from petals_agent.health.recovery import Budget  # noqa: E402
 from petals_agent.hooks.caller import PluginCaller  # noqa: E402
+from petals_agent.hooks.values import AgentFacts  # noqa: E402
 from petals_agent.p2p.daemon import DaemonOptions  # noqa: E402
 from petals_agent.processes import raise_file_limit  # noqa: E402
 from petals_agent.supervisor.announcing import Announcing  # noqa: E402
@@ -245,8 +246,14 @@ class Agent:
         await self.plugins.start()
         await self._last_words.tell(self.plugins, clean=False, reason="the agent ended without a word")
         self._last_words.begin()
-        facts = agent_facts(self.config, self.config.model.dht_prefix, self.peer_id)
-        await self.plugins.call("on_start", config=facts)
+        await self.plugins.call("on_start", config=self._facts)
+        await self.care.invite(self._facts)
+
+    @property
+    def _facts(self) -> AgentFacts:
+        model = self.serving.model
+        prefix = model.dht_prefix if model is not None else self.config.model.dht_prefix
+        return agent_facts(self.config, prefix, self.peer_id)
 
     async def _say_last_words(self) -> None:
         timeout = self.config.plugins.timeout
@@ -290,6 +297,7 @@ class Agent:
         for part in (self.serving, self.announcing, self.care, self.moving, self.balancing):
             part.take(done.config)
         await self.plugins.reload(done.config)
+        await self.care.invite(self._facts)
         changes = ", ".join(done.applied) or "nothing changed"
         later = f"; after a restart: {', '.join(done.needs_restart)}" if done.needs_restart else ""
         applied, waiting = ", ".join(done.applied), ", ".join(done.needs_restart)

@@ -17,7 +17,7 @@ from petals_agent.health.recovery import Budget, Ladder
 from petals_agent.health.steps import Step
 from petals_agent.health.verdict import EXCUSES, Health, Verdict, judge
 from petals_agent.hooks.caller import PluginCaller
-from petals_agent.hooks.values import Recovery
+from petals_agent.hooks.values import AgentFacts, Recovery
 from petals_agent.supervisor.announcing import Announcing
 from petals_agent.supervisor.container_probes import ContainerProbes
 from petals_agent.supervisor.gpu_probes import GpuProbes
@@ -25,6 +25,7 @@ from petals_agent.supervisor.host_probes import HostProbes
 from petals_agent.supervisor.illness import Illness, recovery_of, shown_verdict
 from petals_agent.supervisor.network import Network
 from petals_agent.supervisor.notify import Notifier
+from petals_agent.supervisor.plugin_probes import plugin_probes
 from petals_agent.supervisor.served import Caller
 from petals_agent.supervisor.serving import Serving
 from petals_agent.supervisor.states import SERVING, Life, State
@@ -90,11 +91,15 @@ class Care:
 
     def _check_names(self, config: Config, known: Sequence[str]) -> None:
         for name, table in self._config.probes.items():
-            if name not in known:
+            if name not in known and name.split(".")[0] in {own.split(".")[0] for own in known}:
                 origin = config.origin("health.probes", name, *sorted(table.model_fields_set)[:1])
                 raise ConfigError(
                     f'{origin}: health.probes."{name}": there is no such probe; there are {", ".join(known)}'
                 )
+
+    async def invite(self, facts: AgentFacts) -> None:
+        """Take in the probes that plugins bring, instead of those that they brought before."""
+        self.probing.invite(await plugin_probes(self._plugins, facts, self._adjusted))
 
     async def run(self) -> NoReturn:
         """Until cancelled; raises AgentError when repairs are exhausted and nobody but a new process can help."""
