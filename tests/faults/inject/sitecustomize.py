@@ -63,7 +63,7 @@ def _weights() -> None:
 
     with torch.no_grad():
         for backend in [found for found in gc.get_objects() if isinstance(found, _lean().LeanBackend)]:
-            for block in backend._blocks:
+            for block in backend._blocks.values():
                 block.down.fill_(float("nan"))
 
 
