@@ -101,7 +101,12 @@ def test_plugins_have_the_last_word(processes: Processes, tmp_path: Path, tiny_l
 
 def test_the_wait_is_uniform(tmp_path: Path) -> None:
     """should_choose_other_blocks waits uniform(0, 2·mean) by the agent's own generator, and looks only then."""
-    config = config_from({"model": {"path": str(tmp_path)}, "swarm": {"identity": str(tmp_path / "id.key")}})
+    config = config_from(
+        {
+            "model": {"path": str(tmp_path), "dht_prefix": "tiny"},
+            "swarm": {"identity": str(tmp_path / "id.key")},
+        }
+    )
     agent = Agent(config)
     waits: list[float] = []
 
