@@ -20,6 +20,7 @@ from harness.live import LiveAgent, all_gone, start_again, start_live
 from harness.moving import MOVES, move, rebalance, span, start_others
 from harness.open_session import OpenSession
 from harness.peer import Peer, chain
+from harness.plugins import write_plugins
 from harness.processes import Processes, wait_until
 from harness.promises import Promises
 from harness.steady import Steady, Texts, expected_texts
@@ -144,10 +145,7 @@ def tear(folder: Path) -> Path:
 
 def test_bad_weights(swarm: Swarm, processes: Processes, tmp_path: Path, tiny_llama: Path) -> None:
     """A load that fails leaves everything as it was, and says so to everybody; once it is mended, the move works."""
-    plugins = tmp_path / "plugins"
-    plugins.mkdir(mode=0o755)
-    (plugins / "reports.py").write_text(REPORTS)
-    (plugins / "reports.py").chmod(0o644)
+    plugins = write_plugins(tmp_path / "plugins", reports=REPORTS)
     more = f'[plugins]\ndirs = ["{plugins}"]{LONG_PERIOD}'
     folder = tmp_path / "model"
     shutil.copytree(tiny_llama, folder)

@@ -16,6 +16,7 @@ from harness.hurt import HIDDEN, INJECT
 from harness.live import LiveAgent, all_gone, ask, noise, start_live
 from harness.open_session import OpenSession
 from harness.peer import Peer, chain
+from harness.plugins import write_plugins
 from harness.processes import Processes, wait_until
 from harness.promises import Promises
 from harness.swarm import start_bootstrap
@@ -101,11 +102,8 @@ class Scene:
 @pytest.fixture
 def scene(processes: Processes, tmp_path: Path, tiny_llama: Path) -> Iterator[Scene]:
     maddr = start_bootstrap(processes)
-    folder = tmp_path / "plugins"
-    folder.mkdir(mode=0o755)
+    folder = write_plugins(tmp_path / "plugins", book=BOOK)
     plugin = folder / "book.py"
-    plugin.write_text(BOOK)
-    plugin.chmod(0o644)
     orders = tmp_path / "a" / "orders"
     orders.mkdir(parents=True)
     env = {"PYTHONPATH": str(INJECT), "PETALS_AGENT_FAULTS": str(orders), "PETALS_AGENT_SLOW_S": "900"}

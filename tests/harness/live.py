@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,11 @@ class LiveAgent:
             for entry in entries
             if "petals_event" in entry and entry["time"] > since
         ]
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`petals-agent WORDS` for this agent, as an operator types it."""
+        line = [*PETALS_AGENT, *words, "--config", str(self.config)]
+        return subprocess.run(line, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
 
     def family(self) -> list[psutil.Process]:
         """Its processes; ask before it ends and they could be found no more."""

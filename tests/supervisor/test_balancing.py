@@ -11,6 +11,7 @@ import pytest
 
 from harness.live import LiveAgent, ask, start_live
 from harness.peer import Peer
+from harness.plugins import write_plugins
 from harness.processes import Processes, wait_until
 from harness.swarm import start_bootstrap
 from petals_agent.config import config_from
@@ -84,10 +85,7 @@ def before_rebalance(plan, swarm):
 
 def test_plugins_have_the_last_word(processes: Processes, tmp_path: Path, tiny_llama: Path) -> None:
     maddr = start_bootstrap(processes)
-    plugins = tmp_path / "plugins"
-    plugins.mkdir(mode=0o755)
-    (plugins / "pin.py").write_text(PIN)
-    (plugins / "pin.py").chmod(0o644)
+    plugins = write_plugins(tmp_path / "plugins", pin=PIN)
     more = QUICK + f'\n[plugins]\ndirs = ["{plugins}"]'
     agent = start_live(processes, tmp_path / "a", tiny_llama, "0:4", [maddr], more)
     agent.until(lambda s: s["blocks"] == "2:6" and s["state"] == "online", 90, "the plugin's blocks")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from harness.live import LiveAgent, ask, start_again, start_live
 from harness.open_session import OpenSession
 from harness.peer import Peer, chain
 from harness.processes import Processes, wait_until
-from harness.swarm import PETALS_AGENT, start_bootstrap
+from harness.swarm import start_bootstrap
 
 OFFLINE, ONLINE = 0, 2
 
@@ -38,11 +37,6 @@ def scene(processes: Processes, tmp_path: Path, tiny_llama: Path) -> Iterator[Sc
         yield Scene(agent, peer, agent.online()["peer_id"], processes)
 
 
-def command(agent: LiveAgent, *words: str) -> subprocess.CompletedProcess[str]:
-    line = [*PETALS_AGENT, *words, "--config", str(agent.config)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
-
-
 @pytest.mark.timeout(180)
 def test_a_drain_from_begin_to_end(scene: Scene) -> None:
     agent, peer = scene.agent, scene.peer
@@ -50,7 +44,7 @@ def test_a_drain_from_begin_to_end(scene: Scene) -> None:
     right = peer.step(scene.peer_id, chain(0, 8), hidden)
 
     # the last holder waits, and says how to go on
-    assert command(agent, "drain", "--reason", "new disk", "--no-wait").returncode == 0
+    assert agent.command("drain", "--reason", "new disk", "--no-wait").returncode == 0
     status = agent.until(lambda status: status["drain"], 30, "a drain")
     assert status["drain"]["stage"] == "waiting" and status["drain"]["reason"] == "new disk"
     assert (
@@ -62,7 +56,7 @@ def test_a_drain_from_begin_to_end(scene: Scene) -> None:
     # open sessions go on, new ones are refused
     with OpenSession(peer, scene.peer_id, chain(0, 8), 20) as session:
         assert torch.allclose(session.step(hidden), right, atol=1e-4)
-        command(agent, "drain", "--force", "--no-wait")
+        agent.command("drain", "--force", "--no-wait")
         wait_until(lambda: scene.state() == OFFLINE, 30, "OFFLINE in the DHT")
         assert agent.status()["drain"]["stage"] == "emptying"
         with pytest.raises(Exception, match="is leaving"):
@@ -83,7 +77,7 @@ def test_a_drain_from_begin_to_end(scene: Scene) -> None:
     again = start_again(scene.processes, agent.config)
     again.until(lambda status: status["state"] == "draining", 60, "draining after a restart")
     wait_until(lambda: scene.state() == OFFLINE, 30, "OFFLINE in the DHT")
-    assert command(again, "undrain").returncode == 0
+    assert again.command("undrain").returncode == 0
     again.online()
     wait_until(lambda: scene.state() == ONLINE, 30, "ONLINE in the DHT")
     assert torch.allclose(peer.step(scene.peer_id, chain(0, 8), hidden), right, atol=1e-4)
@@ -93,7 +87,7 @@ def test_with_another_holder_it_begins_at_once(scene: Scene, tmp_path: Path, tin
     maddr = scene.agent.status()["maddrs"][0]
     other = start_live(scene.processes, tmp_path / "other", tiny_llama, "0:8", [maddr])
     other.online()
-    done = command(scene.agent, "drain", "--until-restart")
+    done = scene.agent.command("drain", "--until-restart")
     assert done.returncode == 0 and "drained" in done.stdout and "waiting" not in done.stdout
     assert not (scene.agent.identity.parent / "drain.json").exists()
     assert scene.state() == OFFLINE
@@ -103,7 +97,7 @@ def test_sessions_that_do_not_end_are_waited_for_no_longer_than_asked(scene: Sce
     hidden = torch.randn(1, 1, 256)
     with OpenSession(scene.peer, scene.peer_id, chain(0, 8), 20) as session:
         session.step(hidden)
-        done = command(scene.agent, "drain", "--force", "--timeout", "0.5")
+        done = scene.agent.command("drain", "--force", "--timeout", "0.5")
         assert done.returncode == 0 and "drained" in done.stdout
         text = " ".join(event["text"] for event in scene.agent.status()["events"])
         assert "1 sessions were still open after 0.5 s" in text

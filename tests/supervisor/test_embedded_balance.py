@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from harness.live import noise
+from harness.plugins import write_plugins
 from harness.processes import Processes
 from harness.swarm import ONE_THREAD
 
@@ -71,10 +72,7 @@ def before_rebalance(plan, swarm):
 
 def test_should_choose_other_blocks(processes: Processes, tmp_path: Path, tiny_llama: Path) -> None:
     """Alone: no. Where another one serves the same blocks, and nobody the others: yes. Where blocks are fixed: no."""
-    plugins = tmp_path / "plugins"
-    plugins.mkdir(mode=0o755)
-    (plugins / "veto.py").write_text(VETO)
-    (plugins / "veto.py").chmod(0o644)
+    plugins = write_plugins(tmp_path / "plugins", veto=VETO)
     command = [sys.executable, "-c", PROGRAM, tiny_llama, plugins]
     program = processes.run("embedding", command, timeout=115, cwd=tmp_path, env=ONE_THREAD)
     assert program.returncode == 0, program.output()

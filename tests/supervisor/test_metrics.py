@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from harness.live import LiveAgent, start_live
 from harness.open_session import OpenSession
 from harness.peer import Peer, chain
+from harness.plugins import write_plugins
 from harness.processes import Processes, wait_until
 from harness.promtool import promtool
 from harness.swarm import start_bootstrap
@@ -100,11 +101,7 @@ def scene(
     module_processes: Processes, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path
 ) -> Iterator[Scene]:
     maddr = start_bootstrap(module_processes)
-    folder = tmp_path_factory.mktemp("plugins")
-    folder.chmod(0o755)
-    for name, code in PLUGINS.items():
-        (folder / f"{name}.py").write_text(code)
-        (folder / f"{name}.py").chmod(0o644)
+    folder = write_plugins(tmp_path_factory.mktemp("plugins"), **PLUGINS)
     more = f'[metrics]\nlisten = "127.0.0.1:0"\n[plugins]\ndirs = ["{folder}"]'
     with Peer([maddr]) as peer:
         agent = start_live(module_processes, tmp_path_factory.mktemp("a"), tiny_llama, "0:8", [maddr], more)

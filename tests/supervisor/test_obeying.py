@@ -12,6 +12,7 @@ import pytest
 
 from harness.live import LiveAgent, start_live
 from harness.moving import rebalance
+from harness.plugins import write_plugins
 from harness.processes import Processes, wait_until
 from harness.swarm import start_bootstrap
 
@@ -89,11 +90,8 @@ def _order(plugin: Path, name: str, value: Any) -> None:
 @pytest.fixture
 def guided(processes: Processes, tmp_path: Path, tiny_llama: Path) -> Iterator[Guided]:
     maddr = start_bootstrap(processes)
-    folder = tmp_path / "plugins"
-    folder.mkdir(mode=0o755)
+    folder = write_plugins(tmp_path / "plugins", guide=GUIDE)
     plugin = folder / "guide.py"
-    plugin.write_text(GUIDE)
-    plugin.chmod(0o644)
     _order(plugin, "choose", [2, 6])
     more = f'{QUICK}[plugins]\ndirs = ["{folder}"]'
     yield Guided(start_live(processes, tmp_path / "a", tiny_llama, "auto", [maddr], more), plugin)

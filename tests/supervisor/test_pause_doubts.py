@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness.live import LiveAgent, start_live
+from harness.plugins import write_plugins
 from harness.processes import Processes, wait_until
 from harness.swarm import PETALS_AGENT, start_bootstrap
 
@@ -62,10 +63,7 @@ class Scene:
 @pytest.fixture
 def scene(processes: Processes, tmp_path: Path, tiny_llama: Path) -> Iterator[Scene]:
     """An agent that pauses."""
-    folder = tmp_path / "plugins"
-    folder.mkdir(mode=0o755)
-    (folder / "owner.py").write_text(OWNER)
-    (folder / "owner.py").chmod(0o644)
+    folder = write_plugins(tmp_path / "plugins", owner=OWNER)
     game = folder / "owner.game"
     game.write_text("play")
     more = f'[plugins]\ndirs = ["{folder}"]\npause_period = 0.2\ntimeout = 60'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from harness.live import LiveAgent, ask, start_again, start_live
 from harness.open_session import OpenSession
 from harness.peer import Peer, chain
+from harness.plugins import write_plugins
 from harness.processes import Processes, wait_until
 from harness.swarm import PETALS_AGENT, start_bootstrap
 
@@ -58,19 +58,11 @@ class Scene:
 @pytest.fixture
 def scene(processes: Processes, tmp_path: Path, tiny_llama: Path) -> Iterator[Scene]:
     maddr = start_bootstrap(processes)
-    folder = tmp_path / "plugins"
-    folder.mkdir(mode=0o755)
-    (folder / "owner.py").write_text(OWNER)
-    (folder / "owner.py").chmod(0o644)
+    folder = write_plugins(tmp_path / "plugins", owner=OWNER)
     more = f'[plugins]\ndirs = ["{folder}"]\npause_period = 0.2'
     with Peer([maddr]) as peer:
         agent = start_live(processes, tmp_path / "agent", tiny_llama, "0:8", [maddr], more)
         yield Scene(agent, peer, agent.online()["peer_id"], folder / "owner.game", processes)
-
-
-def command(agent: LiveAgent, *words: str) -> subprocess.CompletedProcess[str]:
-    line = [*PETALS_AGENT, *words, "--config", str(agent.config)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
 
 
 def test_a_plugin_pauses_and_resumes(scene: Scene) -> None:
@@ -123,7 +115,7 @@ def test_a_plugin_that_is_disabled_leaves_the_pause_to_the_operator(scene: Scene
     scene.game.write_text("raise")
     scene.agent.until(lambda status: status["plugins"][0]["state"] == "disabled", 30, "its end")
     scene.agent.until(lambda status: status["state"] == "paused", 5, "the pause")
-    assert "blocks are chosen" in command(scene.agent, "resume").stdout
+    assert "a plugin may want it still" in scene.agent.command("resume").stdout
     scene.agent.online()
 
 
@@ -133,15 +125,15 @@ def test_the_more_urgent_of_two_counts(scene: Scene) -> None:
         scene.game.write_text("3600")
         scene.agent.until(lambda status: status["state"] == "draining", 30, "the drain")
         scene.agent.until(lambda status: status["sessions"] == 1, 30, "the session")
-        assert command(scene.agent, "pause", "--timeout", "0").returncode == 0
+        assert scene.agent.command("pause", "--timeout", "0").returncode == 0
         scene.paused()
 
 
 def test_resume_counts_though_a_plugin_fails(scene: Scene) -> None:
-    command(scene.agent, "pause", "--timeout", "0")
+    scene.agent.command("pause", "--timeout", "0")
     scene.paused()
     scene.game.write_text("raise")
-    command(scene.agent, "resume")
+    scene.agent.command("resume")
     scene.agent.online()
 
 
@@ -156,16 +148,27 @@ def test_who_starts_into_a_pause_loads_nothing(scene: Scene) -> None:
 
 
 def test_an_operator_pauses_and_resumes(scene: Scene) -> None:
-    done = command(scene.agent, "pause", "--reason", "I render", "--timeout", "1")
+    done = scene.agent.command("pause", "--reason", "I render", "--timeout", "1")
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "paused"
     scene.paused()
     assert scene.agent.status()["pause"] == "I render"
-    done = command(scene.agent, "resume")
+    done = scene.agent.command("resume")
     assert (done.returncode, done.stdout.strip()) == (0, "blocks are chosen and loaded again")
     scene.agent.online()
-    command(scene.agent, "pause", "--timeout", "0")
+    scene.agent.command("pause", "--timeout", "0")
     scene.paused()
     assert scene.agent.process.terminate() == 0, "a stop out of a pause is a clean one"
+
+
+def test_who_waits_for_a_pause_hears_that_it_was_called_off(scene: Scene) -> None:
+    with OpenSession(scene.peer, scene.peer_id, chain(0, 8), 20) as session:
+        session.step(torch.randn(1, 1, 256))
+        line = [*PETALS_AGENT, "pause", "--timeout", "3600", "--config", scene.agent.config]
+        waiting = scene.processes.start("pause", line)
+        scene.agent.until(lambda status: status["state"] == "draining", 30, "the drain")
+        scene.agent.command("resume")
+        assert waiting.wait(30) == 69
+        assert "the pause was called off" in waiting.output()
 
 
 @pytest.mark.parametrize("drain_s", [b'"x"', b"-1", b"1e99", b"null"])

@@ -14,6 +14,7 @@ import pytest
 
 from harness.live import LiveAgent, start_live
 from harness.peer import Peer
+from harness.plugins import write_plugins
 from harness.processes import Processes, wait_until
 from harness.swarm import start_bootstrap
 
@@ -69,10 +70,7 @@ class Spy:
     """The plugin's book."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(mode=0o755)
-        (folder / "spy.py").write_text(SPY)
-        (folder / "spy.py").chmod(0o644)
+        self.folder = write_plugins(folder, spy=SPY)
 
     def heard(self, hook: str) -> list[dict[str, Any]]:
         book = self.folder / "spy.book"

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from harness.live import LiveAgent, start_live
 from harness.peer import Peer
+from harness.plugins import write_plugins
 from harness.processes import Processes, wait_until
-from harness.swarm import PETALS_AGENT, start_bootstrap
+from harness.swarm import start_bootstrap
 from petals_agent.config import config_from
 from petals_agent.supervisor.reloading import LIVE, merge
 
@@ -66,8 +67,7 @@ def scene(
 
 
 def reload(agent: LiveAgent) -> subprocess.CompletedProcess[str]:
-    command = [*PETALS_AGENT, "reload", "--wait", "--config", str(agent.config)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    return agent.command("reload", "--wait")
 
 
 def test_a_running_agent_goes_by_the_new_file(scene: tuple[LiveAgent, Peer]) -> None:
@@ -127,11 +127,7 @@ class Plugin:
 
 def test_plugins_are_looked_for_anew(scene: tuple[LiveAgent, Peer], tmp_path: Path) -> None:
     agent, _ = scene
-    folder = tmp_path / "plugins"
-    folder.mkdir(mode=0o755)
-    for name in ("a", "b"):
-        (folder / f"{name}.py").write_text(PICKY)
-        (folder / f"{name}.py").chmod(0o644)
+    folder = write_plugins(tmp_path / "plugins", a=PICKY, b=PICKY)
     before = agent.config.read_text()
     tables = f'[plugins]\ndirs = ["{folder}"]\n[plugins.a]\nlevel = 1\n[plugins.b]\nlevel = "x"\n'
     agent.config.write_text(before + tables)

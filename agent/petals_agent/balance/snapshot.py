@@ -1,8 +1,8 @@
 """A swarm as arrays: one reading of the DHT with what cannot be true dropped, counted and capped.
 
 The view has already hidden records that break the format. What is left may still lie: a span beyond the model, a life
-of years, a rate of nothing or of 10^30, one of ten times the truth. All but the last are dropped. A rate counts for at most `RATE_CAP` times the median, so that
-one liar can starve the blocks it claims of at most that much help.
+of years, a rate of nothing or of 10^30, one of ten times the truth. All but the last are dropped. A rate counts for at
+most `RATE_CAP` times the median, so that one liar can starve the blocks it claims of at most that much help.
 """
 
 from __future__ import annotations

@@ -98,6 +98,8 @@ def pause(
     ] = 30.0,
 ) -> None:
     """Free the device: nobody new is let in, then the blocks are unloaded; until `petals-agent resume` or a restart."""
+    from petals_agent.errors import SwarmError
+
     _ask(config, {"do": "pause", "reason": reason, "drain_s": timeout})
     told = ""
     while True:
@@ -107,6 +109,8 @@ def pause(
             typer.echo(told if told != "draining" else f"draining: {status['sessions']} sessions are open")
         if told == "paused":
             return
+        if status["pause"] is None:
+            raise SwarmError("the pause was called off before it began")
         time.sleep(_LOOK_S)
 
 

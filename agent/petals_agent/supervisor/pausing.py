@@ -33,7 +33,8 @@ class Pausing:
 
     @property
     def reason(self) -> str | None:
-        return self._present.reason if self._present is not None else None
+        wanted = self._present or self._operator
+        return wanted.reason if wanted is not None else None
 
     def take(self, config: Config) -> None:
         """Go by another configuration from now on."""
@@ -57,7 +58,7 @@ class Pausing:
         mine, self._operator = self._operator, None
         self._theirs = None  # who wants it still says so again
         self._news.set()
-        return self.reason if self._present is not None and self._present != mine else None
+        return self._present.reason if self._present not in (None, mine) else None
 
     async def run(self) -> NoReturn:
         """Ask the plugins each `plugins.pause_period`, and follow."""
