@@ -192,7 +192,7 @@ def fill_agent(venv: Venv, mode: str) -> None:
     install_torch(venv, pinned(CONSTRAINTS, "torch"), mode)
     say("installing petals-agent and what it needs (a minute or two)")
     pins = ["-c", str(CONSTRAINTS)]
-    venv.pip_install(*pins, "-e", f"{ROOT}[dev]", what="installing petals-agent")
+    venv.pip_install(*pins, "-e", f"{ROOT}[dev,monitor]", what="installing petals-agent")
 
 
 def fill_peer(venv: Venv, mode: str) -> None:

@@ -169,11 +169,11 @@ def test_keys_without_effect_as_yet_are_said(
     file: Path, read: Callable[..., Loaded], caplog: pytest.LogCaptureFixture
 ) -> None:
     notes = read(
-        "[balance]\nenabled = false\n[access]\nmax_requests_per_minute = 3\n[monitor]\nlisten = '127.0.0.1:1'"
+        "[balance]\nenabled = false\n[access]\nmax_sessions_per_peer = 2\nmax_requests_per_minute = 3"
     ).notes
     assert notes == [
-        f"{file}:4: access.max_requests_per_minute has no effect in this version, but in a later one",
-        f"{file}:6: monitor.listen has no effect in this version, but in a later one",
+        f"{file}:4: access.max_sessions_per_peer has no effect in this version, but in a later one",
+        f"{file}:5: access.max_requests_per_minute has no effect in this version, but in a later one",
     ]
     with caplog.at_level(logging.WARNING):
         load_config(file)

@@ -118,6 +118,8 @@ VALUES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "monitor": {
         "listen": st.just("0.0.0.0:1"),
         "prefixes": st.lists(words, max_size=2),
+        "period": durations,
+        "trusted_proxies": st.lists(st.sampled_from(["10.0.0.0/8", "::1", "192.0.2.7"]), max_size=2),
         "history": paths,
         "retention": durations,
     },

@@ -25,8 +25,9 @@ def monitor(
         typer.Option("--initial-peers", help="Member of the swarm to watch; may be repeated."),
     ] = None,
     period: Annotated[
-        float, typer.Option("--period", min=1.0, help="Seconds between two readings of the swarm.")
-    ] = 30.0,
+        str | None,
+        typer.Option("--period", help="Time between two readings of the swarm instead of monitor.period."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Override one key, e.g. --set monitor.retention=7d; may be repeated."),
@@ -37,7 +38,8 @@ def monitor(
     from petals_agent.config.multiaddr import Purpose
     from petals_agent.log import setup
 
-    overrides = [*(set_ or ()), *([f"monitor.listen={listen}"] if listen else ())]
+    options = {"listen": listen, "period": period}
+    overrides = [*(set_ or ()), *(f"monitor.{key}={value}" for key, value in options.items() if value)]
     settings = configured(config, overrides, require_model=False)
     peers = addresses("--initial-peers", initial_peers, Purpose.DIAL)
     if peers:
@@ -49,7 +51,8 @@ def monitor(
         if (error.name or "").split(".")[0] not in _EXTRA:
             raise
         raise ConfigError(
-            f"the monitor needs {error.name}, which is not installed: pip install 'petals-agent[monitor]'"
+            f"the monitor needs {error.name}, which is not installed: apt install ./petals-agent-monitor_*.deb, "
+            "or pip install 'petals-agent[monitor]'"
         ) from error
     setup(settings.log.level, settings.log.format, "monitor")
-    run(settings, period)
+    run(settings)

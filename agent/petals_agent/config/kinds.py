@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from dataclasses import dataclass
@@ -135,6 +136,11 @@ def _host_port_or_off(value: str) -> str:
     return value if value == "off" else _host_port(value)
 
 
+def _network(value: str) -> str:
+    ipaddress.ip_network(value, strict=False)
+    return value
+
+
 def _socket(value: Path) -> Path:
     if len(os.fsencode(value)) > 107:
         raise ValueError(f"{len(os.fsencode(value))} bytes are too long for a Unix socket (at most 107)")
@@ -250,5 +256,11 @@ HostPort = Annotated[
 ]
 OptionalHostPort = Annotated[
     str, AfterValidator(_host_port_or_off), Allowed('"off", or HOST:PORT such as "127.0.0.1:9464"')
+]
+Networks = Annotated[
+    tuple[Annotated[str, AfterValidator(_network)], ...],
+    Field(strict=False),
+    BeforeValidator(_few),
+    Allowed('a list of addresses or networks such as "10.0.0.0/8"'),
 ]
 ProbeName = Annotated[str, AfterValidator(_probe_name)]

@@ -24,6 +24,7 @@ from petals_agent.config.kinds import (
     ListenAddresses,
     ModelSource,
     ModelSources,
+    Networks,
     OptionalHostPort,
     PeerAddresses,
     PeerIds,
@@ -46,7 +47,6 @@ NOT_YET = frozenset(
     {
         "model.adapters",
         "access",
-        "monitor",
     }
 )
 """Keys and whole sections that are checked but take effect from a later version; who makes one work removes it here."""
@@ -208,10 +208,12 @@ class MetricsConfig(Section):
 
 
 class MonitorConfig(Section):
-    """[monitor]: the swarm's web page and API, run by its own unit. Retention in seconds."""
+    """[monitor]: the swarm's web page and API, run by its own unit. Period and retention in seconds."""
 
     listen: HostPort = "127.0.0.1:8099"
     prefixes: Texts = ()
+    period: Duration = Field(default=30.0, ge=1, le=3600)
+    trusted_proxies: Networks = ()
     history: FilePath = Field(default_factory=lambda: places(os.environ).state / "monitor.sqlite")
     retention: Duration = Field(default=30 * 86400.0, gt=0, le=YEAR_S)
 

@@ -39,7 +39,6 @@ from petals_agent.supervisor.tasks import first  # noqa: E402
 
 log = logging.getLogger("petals_agent.monitor")
 
-PERIOD_S = 30.0
 _MAX_HEADER = 16_384  # bytes of a request before its body
 _MAX_CONNECTIONS = 2000
 _BACKLOG = 512
@@ -47,23 +46,23 @@ _STOP_S = 5
 _LOOK_S = 1.0
 
 
-def run(config: Config, period: float = PERIOD_S) -> None:
-    """Serve until SIGINT or SIGTERM; the swarm is read every `period` seconds. Raises AgentError."""
-    asyncio.run(serve(config, period))
+def run(config: Config) -> None:
+    """Serve until SIGINT or SIGTERM; the swarm is read every `monitor.period`. Raises AgentError."""
+    asyncio.run(serve(config))
 
 
-async def serve(config: Config, period: float = PERIOD_S) -> None:
+async def serve(config: Config) -> None:
     """The same in a running loop, whose signals it takes. Raises AgentError when it cannot start."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     raise_file_limit()
     notifier = Notifier()
-    history, collector = _collector(config, period)
+    history, collector = _collector(config)
     with listen(config.monitor.listen) as listener:
         site = Site(collector)
         await site.start()
-        server = make_server(create_app(site, Proxies()))
+        server = make_server(create_app(site, Proxies(config.monitor.trusted_proxies)))
         serving = asyncio.create_task(server.serve([listener]))
         patience = Patience(server.server_state.connections)  # type: ignore[arg-type]
         address = "http://{}:{}".format(*_shown(listener))
@@ -118,7 +117,7 @@ async def _tell(site: Site, notifier: Notifier, address: str) -> NoReturn:
         await asyncio.sleep(pause)
 
 
-def _collector(config: Config, period: float) -> tuple[History, Collector]:
+def _collector(config: Config) -> tuple[History, Collector]:
     peers = config.swarm.entry_peers
     if not peers:
         raise ConfigError("which swarm? the monitor needs swarm.initial_peers (or --initial-peers)")
@@ -131,7 +130,7 @@ def _collector(config: Config, period: float) -> tuple[History, Collector]:
         peers,
         runtime,
         prefixes=[*config.monitor.prefixes, *(() if own == "auto" else (own,))],
-        period=period,
+        period=config.monitor.period,
         history=history,
         # in a swarm of one's own, private addresses are the usual ones
         allow_private=config.swarm.initial_peers != "public",
