@@ -33,6 +33,15 @@ def start_bootstrap(processes: Processes) -> str:
     return str(node.wait_event("listening", 60)["maddrs"][0])
 
 
+def start_entry(processes: Processes, folder: Path) -> str:
+    """An entry node of ours with its files in `folder`; returns its multiaddress."""
+    command = [*PETALS_AGENT, "bootstrap", "--listen", "/ip4/127.0.0.1/tcp/0", "--json"]
+    folders = {"STATE_DIRECTORY": str(folder), "RUNTIME_DIRECTORY": str(folder / "run")}
+    entry = processes.start("entry", command, env=folders)
+    wait_until(entry.events, 60, "the entry node's address")
+    return str(entry.events()[0]["maddrs"][0])
+
+
 @dataclass
 class StockServer:
     """A published Petals server, possibly still starting."""

@@ -11,8 +11,8 @@ import pytest
 
 from harness.live import start_live
 from harness.peer import Peer
-from harness.processes import Processes, wait_until
-from harness.swarm import PETALS_AGENT
+from harness.processes import Processes
+from harness.swarm import start_entry
 
 ONLINE = 2
 OTHERS = {
@@ -30,20 +30,11 @@ mean_block_selection_delay = 0.1
 """
 
 
-def entry_node(processes: Processes, folder: Path) -> str:
-    """Ours, since it tells whether it can dial us."""
-    command = [*PETALS_AGENT, "bootstrap", "--listen", "/ip4/127.0.0.1/tcp/0", "--json"]
-    folders = {"STATE_DIRECTORY": str(folder), "RUNTIME_DIRECTORY": str(folder / "run")}
-    entry = processes.start("entry", command, env=folders)
-    wait_until(entry.events, 60, "the entry node's address")
-    return str(entry.events()[0]["maddrs"][0])
-
-
 @pytest.mark.timeout(180)
 def test_weakest_blocks_by_measured_throughput_through_relays(
     processes: Processes, tmp_path: Path, tiny_llama: Path, free_port: Callable[[], int]
 ) -> None:
-    maddr = entry_node(processes, tmp_path / "entry")
+    maddr = start_entry(processes, tmp_path / "entry")
     with Peer([maddr]) as peer:
         for other, (start, end) in OTHERS.items():
             for block in range(start, end):

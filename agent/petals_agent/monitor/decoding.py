@@ -1,9 +1,8 @@
 """Decodes what servers announce once each, and nothing else that strangers put under the keys we read.
 
-hivemind decodes a server's value twice under each of its blocks, and lets a single one hide all others of a key: when it
-does not decode, or has a subkey that cannot be compared. Here the second look at a value finds it decoded, nothing raises,
-and what is no record becomes nil before it can take memory: a list of a million empty lists is a megabyte on the wire, and
-60 decoded.
+hivemind decodes a server's value twice under each of its blocks (swarm/guard.py says what else). Here the second look at a
+value finds it decoded, nothing raises, and what is no record becomes nil before it can take memory: a list of a million
+empty lists is a megabyte on the wire, and 60 decoded.
 """
 
 from __future__ import annotations
