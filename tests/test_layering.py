@@ -338,7 +338,15 @@ print(int(status.split("VmHWM:")[1].split()[0]) // 1024)
 
 @pytest.mark.parametrize(
     "entry",
-    ["supervisor.agent", "supervisor.bootstrap", "monitor.service", "cli.main", "config", "link.messages"],
+    [
+        "supervisor.agent",
+        "supervisor.bootstrap",
+        "monitor.service",
+        "monitor.collector",
+        "cli.main",
+        "config",
+        "link.messages",
+    ],
 )
 def test_entry_point_loads_no_torch(entry: str) -> None:
     """In a fresh interpreter; the stand-in for torch (p2p/light.py) says that its version is 0."""

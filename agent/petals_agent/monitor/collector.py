@@ -10,20 +10,24 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from petals_agent.errors import SwarmError
-from petals_agent.monitor.broadcast import Broadcast
-from petals_agent.monitor.checking import Checker
-from petals_agent.monitor.decoding import read_records_only
-from petals_agent.monitor.dialling import DIAL_S, Dialler, dial_entries
-from petals_agent.monitor.history import History
-from petals_agent.monitor.reading import read_swarm
-from petals_agent.monitor.report import report
-from petals_agent.monitor.state import Entry, SwarmState
-from petals_agent.p2p import control
-from petals_agent.p2p.daemon import for_calls
-from petals_agent.supervisor.network import Connection, Network
-from petals_agent.supervisor.states import Life
-from petals_agent.supervisor.tasks import first
+from petals_agent.p2p import light
+
+light.install(without_torch=True)
+
+from petals_agent.errors import SwarmError  # noqa: E402
+from petals_agent.monitor.broadcast import Broadcast  # noqa: E402
+from petals_agent.monitor.checking import Checker  # noqa: E402
+from petals_agent.monitor.decoding import read_records_only  # noqa: E402
+from petals_agent.monitor.dialling import DIAL_S, Dialler, dial_entries  # noqa: E402
+from petals_agent.monitor.history import History  # noqa: E402
+from petals_agent.monitor.reading import read_swarm  # noqa: E402
+from petals_agent.monitor.report import report  # noqa: E402
+from petals_agent.monitor.state import Entry, SwarmState  # noqa: E402
+from petals_agent.p2p import control  # noqa: E402
+from petals_agent.p2p.daemon import for_calls  # noqa: E402
+from petals_agent.supervisor.network import Connection, Network  # noqa: E402
+from petals_agent.supervisor.states import Life  # noqa: E402
+from petals_agent.supervisor.tasks import first  # noqa: E402
 
 log = logging.getLogger("petals_agent.monitor")
 
