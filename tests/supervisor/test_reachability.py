@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from harness.monitor import start_monitor
+from harness.processes import Processes
 from petals_agent.errors import SwarmError
 from petals_agent.supervisor import reachability as module
 from petals_agent.supervisor.network import Network
@@ -181,12 +183,41 @@ async def test_monitor_says_no_for_good(
 
 
 @pytest.mark.parametrize(
-    "answer", [(500, b""), (404, b"x"), (200, b"{"), (200, b"[]"), (200, b'{"ok": true}')]
+    "answer", [(500, b""), (404, b"x"), (200, b"{"), (200, b"[]"), (200, b'{"yes": true}')]
 )
 async def test_monitor_without_verdict(monitor: Monitor, answer: tuple[int, bytes]) -> None:
     monitor.answers = [answer]
     with pytest.raises(SwarmError, match="gives no verdict"):
         await ask_monitor(monitor.url, "Qm")
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [({"ok": True}, True), ({"ok": False}, False), ({"ok": True, "success": False}, False)],
+)
+async def test_a_monitor_may_say_ok_or_success(monitor: Monitor, said: object, verdict: bool) -> None:
+    monitor.answers = [(200, json.dumps(said).encode())]
+    assert await ask_monitor(monitor.url, "Qm") == (verdict, "")
+
+
+async def test_our_own_monitor(
+    tmp_path: Path, processes: Processes, free_port: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MONITOR_RETRY_S", 0.5)
+    nobody = f"/ip4/127.0.0.1/tcp/{free_port()}"
+    async with Member(tmp_path / "entry") as entry:
+        starting = asyncio.to_thread(
+            start_monitor, processes, tmp_path / "monitor", [entry.maddr], free_port()
+        )
+        url = (await starting).url
+        async with Member(tmp_path / "ours", entry.maddr, source=url) as ours:
+            assert await ours.known() is False
+            assert not tells(ours.life, "going on without")
+        async with Member(tmp_path / "hidden", entry.maddr, source=url, announce=(nobody,)) as hidden:
+            async with asyncio.timeout(60):
+                while not tells(hidden.life, "the monitor cannot reach us: "):  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+            assert not hidden.reachability.known.is_set()
 
 
 async def test_monitor_that_is_not_there_is_done_without(tmp_path: Path, free_port: Any) -> None:
