@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from petals_agent.cli import (
     config_commands,
     demo_command,
     doctor_command,
+    entry,
     explain_command,
     generate_command,
     heartbeat_command,
@@ -28,7 +28,7 @@ from petals_agent.cli import (
     post_stop_command,
     swarm_command,
 )
-from petals_agent.errors import AgentError, SwarmError
+from petals_agent.errors import SwarmError
 
 app = typer.Typer(
     name="petals-agent",
@@ -180,13 +180,7 @@ def bootstrap(
 
 def main() -> None:
     """Entry point; AgentErrors become one line on stderr and their exit code."""
-    try:
-        app()
-    except AgentError as error:
-        typer.echo(f"petals-agent: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    entry.run(app)
 
 
 if __name__ == "__main__":

@@ -11,27 +11,33 @@ from petals_agent.errors import ConfigError
 
 _EXTRA = {"fastapi", "jinja2", "markupsafe", "starlette", "uvicorn"}
 
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="Configuration file; it need not name a model."),
+]
+ListenOption = Annotated[
+    str | None, typer.Option("--listen", help="HOST:PORT of the page instead of monitor.listen.")
+]
+PeersOption = Annotated[
+    list[str] | None,
+    typer.Option("--initial-peers", help="Member of the swarm to watch; may be repeated."),
+]
+PeriodOption = Annotated[
+    str | None,
+    typer.Option("--period", help="Time between two readings of the swarm instead of monitor.period."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one key, e.g. --set monitor.retention=7d; may be repeated."),
+]
+
 
 def monitor(
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", "-c", help="Configuration file; it need not name a model."),
-    ] = None,
-    listen: Annotated[
-        str | None, typer.Option("--listen", help="HOST:PORT of the page instead of monitor.listen.")
-    ] = None,
-    initial_peers: Annotated[
-        list[str] | None,
-        typer.Option("--initial-peers", help="Member of the swarm to watch; may be repeated."),
-    ] = None,
-    period: Annotated[
-        str | None,
-        typer.Option("--period", help="Time between two readings of the swarm instead of monitor.period."),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override one key, e.g. --set monitor.retention=7d; may be repeated."),
-    ] = None,
+    config: ConfigOption = None,
+    listen: ListenOption = None,
+    initial_peers: PeersOption = None,
+    period: PeriodOption = None,
+    set_: SetOption = None,
 ) -> None:
     """Show a swarm's models and servers on a web page, over an API and to Prometheus, until stopped."""
     from petals_agent.cli.settings import addresses, configured
