@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from petals_agent.monitor import dialling
 from petals_agent.monitor.dialling import BAD_S, CALL_S, GOOD_S, Dialler, dial_entries, words
 from petals_agent.p2p import control
 from petals_agent.p2p.attachment import Attachment, close
@@ -108,6 +109,45 @@ async def test_verdicts_last_as_long_as_they_are_worth(tmp_path: Path) -> None:
         assert list(dialler._known) == [first.peer_id]
 
 
+async def test_many_servers_are_asked_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialling, "GOOD_PER_S", 0.02)
+    async with servers(tmp_path) as made:
+        p2p, clock = await made.caller(), Clock()
+        both = [(await made.serve()).peer_id for _ in range(2)]
+        dialler = Dialler(clock)
+        await dialler.dial(p2p, both, 20.0)
+        clock.now = 99.0
+        assert await dialler.dial(p2p, both, 20.0) == ({}, 0) and made.asked == 2
+        clock.now = 101.0
+        assert await dialler.dial(p2p, both, 20.0) == ({}, 0) and made.asked == 4
+
+
+async def test_a_connection_that_we_cut_ourselves_proves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with servers(tmp_path) as made:
+        p2p, clock = await made.caller(), Clock()
+        first, second = await made.serve(), await made.serve()
+        dialler, both = Dialler(clock), [first.peer_id, second.peer_id]
+        await dialler.dial(p2p, both, 20.0)
+        await control.disconnect(made.daemons[0].maddr, second.peer_id)
+        monkeypatch.setattr(dialling, "CUT_FROM", 1)  # as if p2pd had as many connections as it keeps
+        assert await dialler.dial(p2p, both, 20.0) == ({}, 0) and made.asked == 2
+        monkeypatch.undo()
+        assert await dialler.dial(p2p, both, 20.0) == ({}, 0) and made.asked == 3
+
+
+async def test_who_is_connected_is_not_known(tmp_path: Path) -> None:
+    async with servers(tmp_path) as made:
+        p2p, clock = await made.caller(), Clock()
+        server = await made.serve()
+        dialler = Dialler(clock)
+        await dialler.dial(p2p, [server.peer_id], 20.0)
+        made.daemons[0].process.kill()
+        await made.daemons[0].process.wait()
+        assert await dialler.dial(p2p, [server.peer_id], 20.0) == ({}, 0)
+
+
 async def test_a_server_that_is_starting_counts_as_reached(tmp_path: Path) -> None:
     async with servers(tmp_path) as made:
         p2p = await made.caller()
@@ -130,10 +170,12 @@ async def test_what_is_late_keeps_its_verdict(tmp_path: Path) -> None:
     async with servers(tmp_path) as made:
         p2p, clock = await made.caller(), Clock()
         server = await made.serve()
-        dialler = Dialler(clock)
-        assert await dialler.dial(p2p, [server.peer_id], 20.0) == ({}, 0)
+        dialler, both = Dialler(clock), [server.peer_id, peer(1)]
+        assert await dialler.dial(p2p, both, 0.0) == ({}, 2)
+        failed, late = await dialler.dial(p2p, both, 20.0)
+        assert list(failed) == [peer(1)] and late == 0
         clock.now = GOOD_S + 1
-        assert await dialler.dial(p2p, [server.peer_id], 0.0) == ({}, 1)
+        assert await dialler.dial(p2p, both, 0.0) == (failed, 0)
 
 
 async def test_entries(tmp_path: Path) -> None:

@@ -101,6 +101,23 @@ def test_a_lost_server_is_offline_for_a_while_and_then_gone() -> None:
     assert not reported(reading(4), now=NOW + 11 + GONE_S, previous=still).models[0].servers
 
 
+@pytest.mark.parametrize("expires", [math.inf, 1e300, NOW + 86400])
+def test_a_record_that_never_expires_keeps_nobody_for_ever(expires: float) -> None:
+    before = reported(reading(4, records(1, 0, 4, expires=expires)))
+    assert SwarmState.model_validate_json(before.model_dump_json()) == before
+    later = reported(reading(4), now=NOW + 20, previous=before)
+    assert later.models[0].servers[0].state == "offline"
+    still = reported(reading(4), now=NOW + 19 + GONE_S, previous=later)
+    assert still.models[0].servers
+    assert not reported(reading(4), now=NOW + 21 + GONE_S, previous=still).models[0].servers
+
+
+def test_a_model_that_was_not_read_keeps_servers_while_their_records_hold() -> None:
+    before = reported(reading(4, records(1, 0, 4, expires=NOW + 60)))
+    assert reported(now=NOW + 30, previous=before).models[0].servers[0].state == "online"
+    assert reported(now=NOW + 61, previous=before).models[0].servers[0].state == "offline"
+
+
 def test_a_lost_model_goes_with_its_servers() -> None:
     before = reported(reading(4, records(1, 0, 4, expires=NOW + 10)))
     later = reported(now=NOW + 20, previous=before)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 CALL_S = 5.0  # for one server, finding and connecting included
 DIAL_S = 20.0  # for all servers together
 GOOD_S = 60.0  # for so long a server counts as reachable while the connection to it stays open
+GOOD_PER_S = (
+    20.0  # servers that answered are asked again, all together; of more than 1 200 each one less often
+)
+CUT_FROM = 256  # connections; p2pd cuts those that are idle down to so many
 BAD_S = (5.0, 15.0, 30.0, 60.0, 120.0)  # after so many failures in a row
 CONCURRENT = 64
 _MAX_REASON = 200
@@ -34,33 +38,32 @@ class _Verdict:
 class Dialler:
     """Remembers whom it reached; `dial` again and again with all that shall be reachable.
 
-    A good verdict lasts a minute, but no longer than the connection: that of a killed server breaks at once. A bad one
-    lasts the longer the more often it was confirmed.
+    A good verdict lasts a minute, but no longer than the connection: that of a killed server breaks at once. With so many
+    servers that p2pd itself cuts connections, it lasts as long as asking all of them takes. A bad one lasts the longer the
+    more often it was confirmed.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._known: dict[str, _Verdict] = {}
+        self._more = 0.0  # seconds that good verdicts last beyond a minute
 
     async def dial(self, p2p: P2P, peers: Collection[str], timeout: float) -> tuple[dict[str, str], int]:
-        """Peer id → why it could not be reached, and for how many the `timeout` (seconds) was too short.
+        """Peer id → why it could not be reached, and how many count as reachable since the `timeout` (s) was too short for them.
 
-        The latter keep their old verdict; one without counts as reachable.
+        Others that it was too short for keep their old verdict.
         """
         now = self._clock()
         connected = await _connected(p2p)
         self._known = {peer: verdict for peer, verdict in self._known.items() if peer in peers}
+        self._more = max(sum(not one.reason for one in self._known.values()) / GOOD_PER_S - GOOD_S, 0.0)
         due = [peer for peer in peers if self._is_due(peer, now, connected)]
         due.sort(key=self._rank)
         queue = iter(due)
-        done = 0
 
         async def work() -> None:
-            nonlocal done
             for peer in queue:
-                reason = await call_info(p2p, peer)
-                self._learn(peer, reason)
-                done += 1
+                self._learn(peer, await call_info(p2p, peer))
 
         workers = [asyncio.create_task(work()) for _ in range(min(CONCURRENT, len(due)))]
         try:
@@ -71,11 +74,16 @@ class Dialler:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
         failed = {peer: verdict.reason for peer, verdict in self._known.items() if verdict.reason}
-        return failed, len(due) - done
+        return failed, sum(peer not in self._known for peer in due)
 
-    def _is_due(self, peer: str, now: float, connected: Collection[str]) -> bool:
+    def _is_due(self, peer: str, now: float, connected: Collection[str] | None) -> bool:
         verdict = self._known.get(peer)
-        return verdict is None or verdict.until <= now or (not verdict.reason and peer not in connected)
+        if verdict is None:
+            return True
+        if verdict.reason:
+            return verdict.until <= now
+        cut = connected is not None and len(connected) < CUT_FROM and peer not in connected
+        return cut or verdict.until + self._more <= now
 
     def _rank(self, peer: str) -> tuple[int, float]:
         """Who is dialled first if not all can be: those that were there, who answer at once, then strangers."""
@@ -91,13 +99,13 @@ class Dialler:
         self._known[peer] = _Verdict(reason, self._clock() + lasts, failures)
 
 
-async def _connected(p2p: P2P) -> set[str]:
-    """Peers that p2pd has a connection to; none if it does not say."""
+async def _connected(p2p: P2P) -> set[str] | None:
+    """Peers that p2pd has a connection to; None if it does not say."""
     try:
         async with asyncio.timeout(CALL_S):
             return {info.peer_id.to_base58() for info in await p2p.list_peers()}
     except Exception:  # hivemind raises what it likes, also for an address that it cannot read
-        return set()
+        return None
 
 
 async def call_info(p2p: P2P, peer_id: str) -> str:

@@ -1,7 +1,8 @@
 """Reads a whole swarm from the DHT: the registry, and every block of the models that are worth it, within limits.
 
-Who writes to the registry is unknown, so it may name thousands of models of thousands of blocks. Configured ones come
-first, then those that had servers when last seen; of the others as many as fit, at random, so that each gets its turn.
+Who writes to the registry is unknown, so it may name thousands of models of thousands of blocks, and drop any. Configured
+ones come first, then those that had most servers that answered when last seen, also if the registry has lost them; of the
+others as many as fit, at random, so that each gets its turn.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from petals_agent.errors import SwarmError
 from petals_agent.monitor.report import MAX_MODELS, Reading
-from petals_agent.monitor.state import SwarmState
+from petals_agent.monitor.state import Model, SwarmState
 from petals_agent.swarm.records import ModelRecord, ServerState
 from petals_agent.swarm.view import SwarmView, read_models, read_view
 
@@ -55,7 +56,7 @@ async def read_swarm(
     """
     problems = []
     try:
-        registry = await read_models(node, REGISTRY_S)
+        registry = _served(previous) | await read_models(node, REGISTRY_S)
     except SwarmError:
         problems.append("the DHT did not answer for the registry of models")
         registry = _remembered(previous)
@@ -76,18 +77,30 @@ def choose(
     registry: Mapping[str, ModelRecord], prefixes: Sequence[str], previous: SwarmState | None
 ) -> dict[str, ModelRecord | None]:
     """What to read, by prefix; None: its length must be found out."""
-    populated = {model.dht_prefix for model in previous.models if model.servers} if previous else set()
+    models = previous.models if previous else ()
+    # strangers announce what they like, but cannot make it answer
+    worth = {model.dht_prefix: (_count(model, "online"), len(model.servers)) for model in models}
     others = [prefix for prefix in registry if prefix not in prefixes]
     random.shuffle(others)
-    others.sort(key=lambda prefix: prefix not in populated)
+    others.sort(key=lambda prefix: worth.get(prefix, (0, 0)), reverse=True)
     chosen = {prefix: registry.get(prefix) for prefix in prefixes[:MAX_MODELS]}
     keys = sum(record.num_blocks for record in chosen.values() if record is not None)
     for prefix in others:
-        keys += registry[prefix].num_blocks
-        if len(chosen) >= MAX_MODELS or keys > MAX_KEYS:
-            break
-        chosen[prefix] = registry[prefix]
+        if len(chosen) < MAX_MODELS and keys + registry[prefix].num_blocks <= MAX_KEYS:
+            chosen[prefix] = registry[prefix]
+            keys += registry[prefix].num_blocks
     return chosen
+
+
+def _count(model: Model, state: str) -> int:
+    return sum(server.state == state for server in model.servers)
+
+
+def _served(previous: SwarmState | None) -> dict[str, ModelRecord]:
+    """Models with servers that were still there."""
+    models = previous.models if previous else ()
+    there = {model.dht_prefix for model in models if _count(model, "offline") < len(model.servers)}
+    return {prefix: record for prefix, record in _remembered(previous).items() if prefix in there}
 
 
 def _remembered(previous: SwarmState | None) -> dict[str, ModelRecord]:

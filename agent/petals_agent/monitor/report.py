@@ -20,7 +20,8 @@ MAX_SERVERS = 2000  # of one model
 MAX_PINGS = 64  # of one server, to and from others that are shown
 MAX_ADAPTERS = 32
 MAX_RATE = 1e9  # tokens/s; what is claimed beyond would spoil every sum
-GONE_S = 300.0  # a server whose record has expired is shown as offline for so long
+GONE_S = 300.0  # a server whose record has expired or vanished is shown as offline for so long
+MAX_LIFE_S = 86400.0  # of a record; who claims more, even for ever, is believed no more
 WEAK_SHARE = 0.25  # of the mean; a slower block is worth a warning
 UNREACHABLE_SHARE = 1 / 3  # of the servers that say they are online
 _RANGES_NAMED = 5
@@ -53,12 +54,13 @@ def report(
 ) -> SwarmState:
     """The state at `taken_at` (Unix time); `unreachable` tells by peer id why a server could not be dialled.
 
-    Servers of the `previous` state whose records are gone are shown as offline for a while, with their models.
+    Servers of the `previous` state whose records are gone are shown as offline for a while. Those of a model that was not
+    read stay as they were until their records expire.
     """
     before = {model.dht_prefix: model for model in previous.models} if previous else {}
     read = {reading.view.prefix: reading for reading in readings}
     lost = [
-        Reading(SwarmView(prefix, model.num_blocks, (), (), 0, (), taken_at), model.repository)
+        Reading(_unread(model, taken_at), model.repository)
         for prefix, model in before.items()
         if prefix not in read and any(_is_kept(server, taken_at) for server in model.servers)
     ]
@@ -89,7 +91,13 @@ def _model(
     expires = _expirations(view)
     to_me = _pings_to(spans)
     servers = [
-        _server(span, expires[span.peer_id], unreachable.get(span.peer_id), to_me, presence.get(span.peer_id))
+        _server(
+            span,
+            min(expires[span.peer_id], now + MAX_LIFE_S),
+            unreachable.get(span.peer_id),
+            to_me,
+            presence.get(span.peer_id),
+        )
         for span in spans
     ]
     servers += _departed(before, view, expires, now)
@@ -119,6 +127,11 @@ def _model(
         unread_blocks=len(view.unread),
         rejected=view.rejected_count + len(hidden),
     )
+
+
+def _unread(model: Model, now: float) -> SwarmView:
+    """What is known of a model that was left out this time: nothing."""
+    return SwarmView(model.dht_prefix, model.num_blocks, (), (), 0, tuple(range(model.num_blocks)), now)
 
 
 def _rank(span: Span, presence: Mapping[str, Presence]) -> tuple[int, float, str]:
@@ -200,7 +213,8 @@ def _departed(
         if server.expires > now and unread.issuperset(range(server.start, server.end)):
             departed.append(server)
         else:
-            departed.append(server.model_copy(update={"state": "offline", "reason": _GONE}))
+            until = min(server.expires, now)  # it may vanish before that, with those who held its records
+            departed.append(server.model_copy(update={"state": "offline", "reason": _GONE, "expires": until}))
     return departed
 
 
