@@ -47,7 +47,12 @@ def demo(
             f"  petals-agent generate --model {MODEL} --prefix {PREFIX} --initial-peers {swarm.maddrs[0]} "
             '--sample --temperature 0.7 "In the beginning"'
         )
-        typer.echo(f"  petals-agent status --config {swarm.config_of(0)}\n\nCtrl-C ends it.")
+        typer.echo(f"  petals-agent status --config {swarm.config_of(0)}")
+        typer.echo(f"  petals-agent swarm --initial-peers {swarm.maddrs[0]}")
+        typer.echo(
+            f"  petals-agent monitor --initial-peers {swarm.maddrs[0]}   # a web page at http://127.0.0.1:8099"
+        )
+        typer.echo("\nCtrl-C ends it.")
         threading.Event().wait()
 
 
