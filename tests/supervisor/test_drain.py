@@ -13,7 +13,7 @@ from harness.live import LiveAgent, ask, start_again, start_live
 from harness.open_session import OpenSession
 from harness.peer import Peer, chain
 from harness.processes import Processes, wait_until
-from harness.swarm import start_bootstrap
+from harness.swarm import PETALS_AGENT, start_bootstrap
 
 OFFLINE, ONLINE = 0, 2
 
@@ -101,6 +101,16 @@ def test_sessions_that_do_not_end_are_waited_for_no_longer_than_asked(scene: Sce
         assert done.returncode == 0 and "drained" in done.stdout
         text = " ".join(event["text"] for event in scene.agent.status()["events"])
         assert "1 sessions were still open after 0.5 s" in text
+
+
+def test_who_waits_for_a_drain_hears_that_it_was_called_off(scene: Scene) -> None:
+    """The last holder waits for another one."""
+    waiting = scene.processes.start("drain", [*PETALS_AGENT, "drain", "--config", scene.agent.config])
+    wait_until(lambda: "nobody else serves blocks 0:8" in waiting.output(), 30, "why it waits")
+    assert scene.agent.command("undrain").returncode == 0
+    assert waiting.wait(30) == 69
+    assert "the drain was called off" in waiting.output()
+    assert scene.agent.command("drain", "--force").returncode == 0
 
 
 @pytest.mark.parametrize(

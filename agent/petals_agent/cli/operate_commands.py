@@ -65,6 +65,8 @@ def drain(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return at once.")] = False,
 ) -> None:
     """Let nobody new in, wait until open sessions have ended; stays so over restarts until `petals-agent undrain`."""
+    from petals_agent.errors import SwarmError
+
     request = {"do": "drain", "reason": reason, "timeout": timeout, "force": force, "kept": not until_restart}
     _ask(config, request)
     if no_wait:
@@ -73,13 +75,12 @@ def drain(
     while True:
         state = _ask(config, {"do": "status"})["drain"]
         if state is None:
-            stage, text = "", "the agent has not begun yet"
-        else:
-            stage, text = state["stage"], f"{state['stage']}: {state['detail']}"
+            raise SwarmError("the drain was called off before it ended")
+        text = f"{state['stage']}: {state['detail']}"
         if text != told:
             typer.echo(text)
             told = text
-        if stage == "drained":
+        if state["stage"] == "drained":
             return
         time.sleep(_LOOK_S)
 

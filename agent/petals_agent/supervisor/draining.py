@@ -73,6 +73,8 @@ class Draining:
         if order.kept:
             self._keep(order)
         self._order = order
+        if self.stage is None:
+            self.stage, self.detail = "waiting", "it was asked for just now"
         self._changed.set()
 
     def undrain(self) -> None:
