@@ -159,6 +159,7 @@ async def ask_monitor(url: str, peer_id: str) -> tuple[bool, str]:
 
     try:
         verdict = await asyncio.to_thread(fetch)
-        return bool(verdict["success"] if "success" in verdict else verdict["ok"]), str(verdict.get("message") or "")
+        reached = verdict["success"] if "success" in verdict else verdict["ok"]
+        return bool(reached), str(verdict.get("message") or "")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SwarmError(f"the monitor at {url} gives no verdict: {error!r}") from error
