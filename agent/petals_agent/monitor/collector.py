@@ -65,6 +65,7 @@ class Collector:
         options = for_calls(socket_dir, self._peers, startup_timeout=startup_timeout)
         self._network = Network(options, Life())
         self._dialler = Dialler()
+        self._dialled_by: Connection | None = None
         self._checker = Checker(socket_dir, allow_private)
         self._states = Broadcast[SwarmState]()
 
@@ -79,7 +80,7 @@ class Collector:
 
     def fresh(self, now: float) -> bool:
         """Whether the swarm was read lately; `now` is Unix time. For /healthz and the watchdog."""
-        return now - self.state.taken_at <= 2 * self._period + _LATE_S
+        return abs(now - self.state.taken_at) <= 2 * self._period + _LATE_S  # abs: clocks are set back too
 
     def subscribe(self) -> AbstractContextManager[AsyncIterator[SwarmState]]:
         """`with collector.subscribe() as states: async for state in states:`: each new state; who is slow gets the newest only."""
@@ -121,6 +122,8 @@ class Collector:
         """One refresh. Raises SwarmError when there is nothing that could be called a reading, and what hivemind raises."""
         connection = await self._connected()
         await self._check_footing(connection)
+        if connection is not self._dialled_by:  # what failed when p2pd ended says nothing of servers
+            self._dialler, self._dialled_by = Dialler(), connection
         began, taken_at = time.monotonic(), time.time()
         node = connection.node
         reader = read_records_only(node)
