@@ -1,13 +1,14 @@
-"""Write petals-agent(1) from the command line's own help and petals-agent.toml(5) from the commented default file.
+"""Write a command's manual page from its own help, and that of its configuration from the commented default file.
 
-man_pages.py VERSION petals-agent.toml DIR      writes DIR/petals-agent.1 and DIR/petals-agent.toml.5
+man_pages.py agent VERSION petals-agent.toml DIR                writes DIR/petals-agent.1 and DIR/petals-agent.toml.5
+man_pages.py monitor VERSION petals-agent-monitor.toml DIR      the same for petals-agent-monitor
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ SEE_ALSO = (
     "systemctl(1)",
     "journalctl(1)",
 )
+MONITOR_SEE_ALSO = ("petals-agent-monitor(1)", "petals-agent-monitor.toml(5)", *SEE_ALSO[3:])
 EXIT_STATUS = (
     ("0", "It did what was asked."),
     ("2", "The command line cannot be understood."),
@@ -42,9 +44,10 @@ def head(name: str, section: int, version: str, what: str) -> str:
     return f"{title}\n.SH NAME\n{roff(name)} \\- {roff(what)}\n"
 
 
-def see_also(name: str) -> str:
+def see_also(name: str, others: Sequence[str]) -> str:
+    """The other pages."""
     pages = ",\n".join(
-        f".BR {roff(page).replace('(', ' (')}" for page in SEE_ALSO if not page.startswith(f"{name}(")
+        f".BR {roff(page).replace('(', ' (')}" for page in others if not page.startswith(f"{name}(")
     )
     return f".SH SEE ALSO\n{pages}\n"
 
@@ -93,26 +96,69 @@ def command_page(app: Any, version: str) -> str:
     for path, command in commands(app, "petals-agent"):
         parts.append(f".SS {usage(path, command)}\n{roff((command.help or '').strip())}\n")
         parts += [option(one) for one in command.params if one.name != "help"]
-    parts.append(
-        ".SH EXIT STATUS\n" + "".join(f".TP\n.B {code}\n{roff(what)}\n" for code, what in EXIT_STATUS)
-    )
-    return "".join(parts) + see_also("petals-agent")
+    return "".join(parts) + exit_status(EXIT_STATUS) + see_also("petals-agent", SEE_ALSO)
 
 
-# --- petals-agent.toml(5)
+def exit_status(codes: Sequence[tuple[str, str]]) -> str:
+    """What the command ends with."""
+    return ".SH EXIT STATUS\n" + "".join(f".TP\n.B {code}\n{roff(what)}\n" for code, what in codes)
 
 
-def file_page(text: str, version: str) -> str:
+# --- petals-agent-monitor(1)
+
+
+def monitor_page(app: Any, version: str) -> str:
+    """petals-agent-monitor(1): what it does without a command, what with one, and its service."""
+    name = "petals-agent-monitor"
+    parts = [
+        head(name, 1, version, "web page and API with the state of a Petals swarm"),
+        f".SH SYNOPSIS\n{usage(name, app)}\n",
+        *(f".br\n{usage(path, command)}\n" for path, command in commands(app, name)),
+        f".SH DESCRIPTION\n{roff(app.help.strip())}\n.PP\nWithout \\fB\\-\\-config\\fP the configuration is that of\n"
+        ".IR $PETALS_AGENT_CONFIG ,\nelse the service's if it is there.\n.SH OPTIONS\n",
+        *(option(one) for one in app.params if one.name != "help"),
+        ".SH COMMANDS\n",
+    ]
+    for path, command in commands(app, name):
+        parts.append(f".SS {usage(path, command)}\n{roff((command.help or '').strip())}\n")
+        parts += [option(one) for one in command.params if one.name != "help"]
+    codes = [(code, what) for code, what in EXIT_STATUS if "model" not in what]
+    return "".join(parts) + MONITOR_SERVICE + exit_status(codes) + see_also(name, MONITOR_SEE_ALSO)
+
+
+MONITOR_SERVICE = r""".SH SERVICE
+.B petals\-agent\-monitor.service
+runs it as a user of its own, and is active with the first reading of the swarm;
+.B systemctl status
+then shows models, servers and the age of that reading. The watchdog is fed while what is shown is fresh.
+Whatever ends the service, it is started again, but for a wrong configuration (exit status 78).
+Change the unit with
+.BR "systemctl edit petals\-agent\-monitor" .
+.SH FILES
+.TP
+.I /etc/petals\-agent\-monitor/petals\-agent\-monitor.toml
+The configuration; further ones in
+.IR petals\-agent\-monitor.toml.d .
+.TP
+.I /var/lib/petals\-agent\-monitor/monitor.sqlite
+The history.
+"""
+
+
+# --- petals-agent.toml(5), petals-agent-monitor.toml(5)
+
+
+def file_page(text: str, version: str, name: str = "petals-agent") -> str:
     """petals-agent.toml(5): each comment of the default file belongs to the key after it."""
+    path = roff(f"/etc/{name}/{name}.toml")
     intro, *sections = re.split(r"^\[(\w+)\]\n", text, flags=re.MULTILINE)
     parts = [
-        head("petals-agent.toml", 5, version, "configuration of a petals-agent"),
-        ".SH SYNOPSIS\n.I /etc/petals\\-agent/petals\\-agent.toml\n.br\n"
-        ".I /etc/petals\\-agent/petals\\-agent.toml.d/*.toml\n",
+        head(f"{name}.toml", 5, version, f"configuration of {name}"),
+        f".SH SYNOPSIS\n.I {path}\n.br\n.I {path}.d/*.toml\n",
         f".SH DESCRIPTION\n{roff(comments(intro.split(chr(10), 2)[2]))}\n",
     ]
-    for name, body in zip(sections[::2], sections[1::2], strict=True):
-        parts.append(f".SH [{name}]\n")
+    for section, body in zip(sections[::2], sections[1::2], strict=True):
+        parts.append(f".SH [{section}]\n")
         pending = ""
         for line in body.splitlines():
             if line.startswith("#   "):
@@ -127,7 +173,8 @@ def file_page(text: str, version: str) -> str:
                 pending = ""
         if pending:
             parts.append(f".PP\n{roff(comments(pending))}\n")
-    return "".join(parts) + see_also("petals-agent.toml")
+    others = SEE_ALSO if name == "petals-agent" else MONITOR_SEE_ALSO
+    return "".join(parts) + see_also(f"{name}.toml", others)
 
 
 def comments(text: str) -> str:
@@ -140,12 +187,17 @@ def main() -> None:
     """Command line; runs on the Python of the packaged environment."""
     import typer.main
 
-    from petals_agent.cli.main import app
+    what, version, default_file, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+    if what == "agent":
+        from petals_agent.cli.main import app
 
-    version, default_file, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    page = command_page(typer.main.get_command(app), version)
-    (folder / "petals-agent.1").write_text(page)
-    (folder / "petals-agent.toml.5").write_text(file_page(default_file.read_text(), version))
+        name, page = "petals-agent", command_page
+    else:
+        from petals_agent.cli.monitor_main import app
+
+        name, page = "petals-agent-monitor", monitor_page
+    (folder / f"{name}.1").write_text(page(typer.main.get_command(app), version))
+    (folder / f"{name}.toml.5").write_text(file_page(default_file.read_text(), version, name))
 
 
 if __name__ == "__main__":

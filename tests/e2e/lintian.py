@@ -1,4 +1,4 @@
-"""Debian's checks of the package: minutes for so many files, so they run beside the tests, and once for each set of rules."""
+"""Debian's checks of the packages: minutes for so many files, so they run beside the tests, and once for each set of rules."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Lintian:
         self._key = key
         self._process: Process | None = None
 
-    def start(self, processes: Processes, package: Path) -> None:
+    def start(self, processes: Processes, *packages: Path) -> None:
         """Begin, in the background."""
         if not (root() / f"lintian-{self._key}").exists():
-            self._process = processes.start("lintian", [*LINTIAN, package], grace=0)
+            self._process = processes.start("lintian", [*LINTIAN, *packages], grace=0)
 
     def report(self) -> str:
         """What it says; fails if there is an error among it."""

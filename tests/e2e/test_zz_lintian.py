@@ -1,4 +1,4 @@
-"""Debian's checks of the whole package find no error; last, since they run beside the other tests."""
+"""Debian's checks of both packages find no error; last, since they run beside the other tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file trees that machines boot from: Debian 12, and on top of it the package, built from this checkout and installed."""
+"""The file trees that machines boot from: Debian 12, and on top of it the agent's package, built from this checkout and installed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ BASE_PACKAGES = (
     "python3",
     "systemd-sysv",
 )
-# what the package is made of
-SOURCES = ("agent", "systemd", "packaging/debian", "packaging/lock-cpu.txt", "packaging/build_deb.sh")
+# what the packages are made of
+LOCKS = {"cpu": "packaging/lock-cpu.txt", "monitor": "packaging/lock-monitor.txt"}
+SOURCES = ("agent", "plugins", "systemd", "packaging/debian", *LOCKS.values(), "packaging/build_deb.sh")
 SOURCES += ("packaging/make_wheels.py", "packaging/man_pages.py", "petals-agent.toml", "pyproject.toml")
 SOURCES += ("README.md", "LICENSE", "Makefile")
 BUILD_S = 900.0
@@ -38,10 +39,11 @@ INSTALL_LOG = "root/install.log"
 
 @dataclass(frozen=True)
 class Trees:
-    """`base` is Debian, `installed` what the installation of `package` added to it; `lintian` is looking at it."""
+    """`base` is Debian, `installed` what the installation of `package` added to it; `lintian` looks at it and at `monitor`."""
 
     base: Path
     package: Path
+    monitor: Path
     installed: Path
     lintian: Lintian
 
@@ -53,12 +55,15 @@ def make_trees(mirror: Mirror, processes: Processes) -> Trees:
     with ThreadPoolExecutor(2) as pool:
         building = pool.submit(_package)
         base = _base(mirror)
-        package = building.result()
+        folder = building.result()
+    package, monitor = (
+        next(folder.glob(f"{name}_*.deb")) for name in ("petals-agent", "petals-agent-monitor")
+    )
     lintian = Lintian(digest([ROOT / name for name in SOURCES if name.startswith(("packaging", "systemd"))]))
-    lintian.start(processes, package)
+    lintian.start(processes, package, monitor)
     key = f"{base.name.split('-', 1)[1]}-{package.parent.name.split('-', 1)[1]}"
     installed = cached("installed", key, lambda fresh: _install(processes, base, package, fresh))
-    return Trees(base, package, installed, lintian)
+    return Trees(base, package, monitor, installed, lintian)
 
 
 def digest(paths: Sequence[Path]) -> str:
@@ -110,21 +115,20 @@ def _base_key() -> str:
 
 
 def _package() -> Path:
-    """The .deb, as `make deb` builds it; its wheels are kept for the next time."""
-    lock = hashlib.sha256((ROOT / "packaging/lock-cpu.txt").read_bytes()).hexdigest()[:16]
+    """The folder with both packages, as `make deb` builds them; their wheels are kept for the next time."""
 
     def make_wheels(folder: Path) -> None:
-        run(
-            ["/usr/bin/python3.11", ROOT / "packaging/make_wheels.py", "fill", "cpu", folder / "cpu"], BUILD_S
-        )
+        for kind in LOCKS:
+            script = ROOT / "packaging/make_wheels.py"
+            run(["/usr/bin/python3.11", script, "fill", kind, folder / kind], BUILD_S)
 
-    def make_package(folder: Path) -> None:
-        wheels = cached("wheels", lock, make_wheels) / "cpu"
-        settings = {"WHEELS": str(wheels), "DIST": str(folder), "TORCH": "cpu", "DEBCOMP": "-Zzstd -z3"}
+    def make_packages(folder: Path) -> None:
+        wheels = cached("wheels", digest([ROOT / lock for lock in LOCKS.values()]), make_wheels)
+        settings = {"WHEELS": str(wheels / "cpu"), "MONITOR_WHEELS": str(wheels / "monitor")}
+        settings |= {"DIST": str(folder), "TORCH": "cpu", "DEBCOMP": "-Zzstd -z3"}
         run(["make", "-C", ROOT, "deb"], BUILD_S, env={**os.environ, **settings})
 
-    folder = cached("package", digest([ROOT / name for name in SOURCES]), make_package)
-    return next(folder.glob("petals-agent_*.deb"))
+    return cached("package", digest([ROOT / name for name in SOURCES]), make_packages)
 
 
 def _install(processes: Processes, base: Path, package: Path, fresh: Path) -> None:
