@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.debian import install
+
 SUITE = "bookworm"
 TOOLS = {  # program or file → the package that has it
     "systemd-nspawn": "systemd-container",
@@ -24,7 +26,6 @@ TOOLS = {  # program or file → the package that has it
     "/usr/lib/python3/dist-packages/pip/__init__.py": "python3-pip",
     "zstd": "zstd",
 }
-INSTALL_S = 300.0
 ANSWER_S = 30.0
 
 
@@ -50,7 +51,10 @@ def prepare() -> Mirror:
         raise CannotRun("no apt-get here")
     lacking = missing()
     if lacking:
-        install(lacking)
+        try:
+            install(lacking)
+        except TimeoutError as error:
+            raise CannotRun(str(error)) from None
         if lacking := missing():
             raise CannotRun(f"lacks {' '.join(lacking)}, and apt-get did not bring it")
     probe = subprocess.run(["unshare", "--mount", "true"], capture_output=True, text=True, timeout=10)
@@ -66,22 +70,6 @@ def missing() -> list[str]:
         for tool, package in TOOLS.items()
         if not (Path(tool).exists() if tool.startswith("/") else shutil.which(tool))
     )
-
-
-def install(packages: list[str]) -> None:
-    """apt-get, within a limit; what it cannot do is found by looking again."""
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
-        try:
-            subprocess.run(
-                ["apt-get", "-q", *command],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                env=environment,
-                timeout=INSTALL_S,
-            )
-        except subprocess.TimeoutExpired:
-            raise CannotRun(f"apt-get {command[0]} took longer than {INSTALL_S:.0f} s") from None
 
 
 def mirror(apt: Path) -> Mirror:

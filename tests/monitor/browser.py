@@ -6,23 +6,36 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from harness.debian import can_install, install
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DESKTOP = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 
 
+def program() -> str | None:
+    """Where Chromium is."""
+    return shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@cache
 def why_not() -> str:
-    """Why there is no browser here; empty when there is one."""
+    """Why there is no browser here, not even after it was installed if that can be done; empty when there is one."""
     try:
         import playwright.sync_api  # noqa: F401
     except ModuleNotFoundError:
         return "Playwright is not installed (pip install 'petals-agent[dev]')"
-    return "" if CHROMIUM else "there is no Chromium (apt install chromium)"
+    if program() is None and can_install():
+        try:
+            install(["chromium"])
+        except TimeoutError as error:
+            return str(error)
+    return "" if program() else "there is no Chromium (apt install chromium)"
 
 
 @contextmanager
@@ -32,7 +45,7 @@ def chromium() -> Iterator[Browser]:
 
     options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--proxy-server=direct://"]
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=options)
+        browser = driver.chromium.launch(executable_path=program(), args=options)
         try:
             yield browser
         finally:

@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import pytest
 
-from monitor import synthetic
-from monitor.browser import PHONE, Tab, chromium, tab, why_not
-from monitor.screenshots import past
-from monitor.source import Past, Served, served
+from monitor.browser import PHONE, Tab, tab
+from monitor.source import Served
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
-
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
-
-HOSTS = {"127.0.0.1"}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as one:
-        yield one
-
-
-@pytest.fixture
-def site() -> Iterator[Served]:
-    now = time.time()
-    with served(synthetic.small(now), Past(past(now))) as one:
-        yield one
-
-
-@pytest.fixture
-def here(browser: Browser, site: Served) -> Iterator[Tab]:
-    """The page, live; in the end nothing was wrong in its console and no other host was asked."""
-    with tab(browser) as one:
-        one.page.goto(site.url)
-        one.page.wait_for_selector("html.live")
-        yield one
-        assert one.errors == []
-        assert {urlsplit(address).hostname for address in one.requested} == HOSTS
 
 
 CONTRAST = """() => {

@@ -135,10 +135,11 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_a_live_swarm_in_a_browser(
     processes: Processes, bootstrap: str, tiny_llama: Path, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
     process, ask = start(processes, tmp_path / "m", [bootstrap], free_port())
     wait_until(lambda: answers(process, ask), 60, "the first reading")
     more = f'[swarm]\nupdate_period = {UPDATE_PERIOD_S}\npublic_name = "<b>lab</b>"'
