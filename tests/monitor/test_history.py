@@ -53,6 +53,17 @@ async def test_a_server_that_only_joins_has_no_uptime(kept: History) -> None:
     assert (await kept.presence([peer(1)]))[peer(1)].uptime == 0.0
 
 
+async def test_what_a_wrong_clock_wrote_into_the_future_does_not_count(kept: History) -> None:
+    now = time.time()
+    await kept.record(at(now + 3 * DAY_S, 1))
+    await kept.record(at(now - 60, 1, 2))
+    found = await kept.presence([peer(1), peer(2)])
+    assert [found[peer(seed)].uptime for seed in (1, 2)] == [1.0, 1.0]
+    assert found[peer(1)].first_seen == pytest.approx(now - 60)
+    for since in (now - 3600, now - 2 * DAY_S):
+        assert [point.online for point in await kept.coverage("m", since)] == [2.0]
+
+
 async def test_coverage_keeps_the_worst_and_the_mean(kept: History) -> None:
     start = time.time() // 60 * 60 - 600
     await kept.record(at(start + 1, 10, 20))
@@ -150,6 +161,45 @@ async def test_a_place_that_cannot_be_written_is_told_once(
     assert await kept.presence([peer(1)]) == {} and await kept.coverage("m", 0) == []
     await kept.close()
     assert len([record for record in caplog.records if "history is not kept" in record.message]) == 1
+
+
+WRITING = """
+import asyncio, sys, time
+from pathlib import Path
+from monitor.test_history import at
+from petals_agent.monitor.history import History
+
+async def main():
+    kept = History(Path(sys.argv[1]), 86400.0)
+    for turn in range(100_000):
+        await kept.record(at(time.time(), *range(100)))
+        print(turn, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def killed_while_it_writes(path: Path) -> int:
+    """How many readings it had told that it wrote."""
+    tests = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {tests!r})\n{WRITING}"]
+    with subprocess.Popen([*command, str(path)], stdout=subprocess.PIPE, text=True) as writing:
+        assert writing.stdout is not None
+        while (written := int(writing.stdout.readline())) < 20:
+            pass
+        writing.kill()
+    return written
+
+
+async def test_killed_while_it_writes(tmp_path: Path) -> None:
+    written = killed_while_it_writes(tmp_path / "h")
+    kept = History(tmp_path / "h", MONTH_S)
+    assert len(await kept.presence(map(peer, range(100)))) == 100
+    await kept.close()
+    assert not (tmp_path / "h.broken").exists()
+    with closing(sqlite3.connect(tmp_path / "h")) as database:
+        (count,) = database.execute("SELECT sum(count) FROM reading").fetchone()
+        assert count > written
 
 
 FULL = """

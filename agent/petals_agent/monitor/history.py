@@ -52,7 +52,7 @@ INSERT INTO coverage VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPD
 """
 _ADD_SERVER = """
 INSERT INTO server (peer_id, first_seen, last_seen) VALUES (?, ?, ?)
-ON CONFLICT DO UPDATE SET last_seen = excluded.last_seen
+ON CONFLICT DO UPDATE SET first_seen = min(first_seen, excluded.first_seen), last_seen = excluded.last_seen
 """
 _ADD_PRESENCE = """
 INSERT INTO presence SELECT id, ?, 1 FROM server WHERE peer_id = ? ON CONFLICT DO UPDATE SET online = online + 1
@@ -268,11 +268,15 @@ def _figures(model: Model) -> tuple[float, ...]:
 
 
 def _presence(database: sqlite3.Connection, wanted: set[str], now: float) -> dict[str, Presence]:
-    day_ago = int(now // 3600) - 23
-    (readings,) = database.execute("SELECT total(count) FROM reading WHERE hour >= ?", (day_ago,)).fetchone()
+    hour = int(now // 3600)
+    day = (hour - 23, hour)  # what a wrong clock wrote into the future does not count
+    (readings,) = database.execute(
+        "SELECT total(count) FROM reading WHERE hour BETWEEN ? AND ?", day
+    ).fetchone()
     rows = database.execute(
-        "SELECT peer_id, first_seen, (SELECT total(online) FROM presence WHERE server = id AND hour >= ?) FROM server",
-        (day_ago,),
+        "SELECT peer_id, first_seen,"
+        " (SELECT total(online) FROM presence WHERE server = id AND hour BETWEEN ? AND ?) FROM server",
+        day,
     )
     return {
         peer: Presence(first_seen, min(online / readings, 1.0) if readings else None)
@@ -285,7 +289,7 @@ def _coverage(database: sqlite3.Connection, prefix: str, since: float, now: floa
     size = next(size for size, kept in TIERS if now - since <= kept)
     rows = database.execute(
         "SELECT at, seconds, weakest, mean, uncovered, online, joining, offline, unreachable FROM coverage"
-        " JOIN model ON model = id WHERE dht_prefix = ? AND seconds = ? AND at > ? ORDER BY at LIMIT 20000",
-        (prefix, size, since - size),
+        " JOIN model ON model = id WHERE dht_prefix = ? AND seconds = ? AND at > ? AND at <= ? ORDER BY at LIMIT 20000",
+        (prefix, size, since - size, now),
     )
     return [Point(*row) for row in rows]
