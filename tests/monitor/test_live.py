@@ -114,6 +114,13 @@ async def test_the_same_again_is_no_news() -> None:
     assert await anext(stream) == b": still here\n\n"
 
 
+async def test_those_who_come_at_once_are_counted_too() -> None:
+    live = Live(max_listeners=2)
+    streams = [live.listen() for _ in range(5)]
+    begun = [await anext(stream, b"") for stream in streams]
+    assert sum(map(bool, begun)) == live.listeners == 2
+
+
 async def test_too_many_is_an_error_that_names_the_limit() -> None:
     live = Live(max_listeners=1)
     first = live.listen()

@@ -31,7 +31,11 @@ def test_what_steers_the_reader_is_replaced(text: str) -> None:
     assert shown.visible(text).isprintable()
 
 
-@pytest.mark.parametrize("text", ["Universität Basel", "北京", "שלום", "👩‍💻", "a b", "<b>"])
+def test_marks_do_not_pile_up_over_other_lines() -> None:
+    assert shown.visible("Z" + "\u0337\u0321\u0352" * 30 + "!") == "Z\u0337\u0321\u0352!"
+
+
+@pytest.mark.parametrize("text", ["Universität Basel", "北京", "שלום", "👩‍💻", "a b", "<b>", "e\u0301\u0323"])
 def test_names_of_all_languages_stay(text: str) -> None:
     assert shown.visible(text) == text
 
@@ -322,3 +326,12 @@ def test_patience_ends_for_who_does_nothing(callers: dict[str, Caller]) -> None:
             name = next(name for name, caller in callers.items() if caller is one)
             ended.setdefault(name, second)
     assert ended == {"sends nothing": 11, "sends no second request": 11, "reads nothing": 21}
+
+
+def test_who_asks_again_and_again_is_not_idle() -> None:
+    """A proxy keeps its connections: whenever we look one request is done, but each time it is another one."""
+    caller = Caller(0, None)
+    patience = Patience([caller], request=10, answer=20)  # type: ignore[list-item]
+    for _ in range(40):
+        caller.cycle = Cycle(True)
+        assert patience.look(1.0) == []

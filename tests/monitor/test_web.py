@@ -19,6 +19,7 @@ from monitor.source import Past, Served, served
 from petals_agent.monitor.callers import Allowance
 from petals_agent.monitor.classic import StateDocument
 from petals_agent.monitor.history import Point
+from petals_agent.monitor.live import Live
 from petals_agent.monitor.pages import assets
 from petals_agent.monitor.rendering import Rendering
 from petals_agent.monitor.state import SwarmState
@@ -112,6 +113,33 @@ def test_answers_are_as_the_openapi_document_says(ask: httpx.Client, path: str, 
     assert misfits(answer.json(), schema, document) == []
     broken = {**answer.json(), "undocumented": 1} if path == "/api/v1/state" else {}
     assert misfits(broken, schema, document), "the check finds nothing"
+
+
+def test_answers_to_what_is_wrong_are_documented_too() -> None:
+    empty = SwarmState(taken_at=0, duration_s=0, update_period_s=30, problem="not read yet")
+    limits = Limits()
+    limits.checks = limits.pages = Allowance(rate=0.001, burst=2, all_rate=1.0, all_burst=100)
+    history, check = "/api/v1/history/{prefix}", "/api/v1/is_reachable/{peer_id}"
+    with served(STATE, Past(points()), limits=limits) as one, httpx.Client(base_url=one.url) as ask:
+        document = ask.get("/openapi.json").json()
+
+        def documented(answer: httpx.Response, path: str, status: int) -> None:
+            assert answer.status_code == status
+            said = document["paths"][path]["get"]["responses"][str(status)]
+            assert misfits(answer.json(), said["content"]["application/json"]["schema"], document) == []
+
+        documented(ask.get("/api/v1/history/none"), history, 404)
+        documented(ask.get("/api/v1/history/lab-private?hours=x"), history, 422)
+        documented(ask.get("/api/v1/is_reachable/x"), check, 400)
+        for _ in range(2):
+            ask.get("/api/v1/history/lab-private")
+        documented(ask.get("/api/v1/history/lab-private"), history, 429)
+        documented(ask.get(f"/api/v1/is_reachable/{PEER}"), check, 429)
+        one.given.is_fresh = False
+        documented(ask.get("/healthz"), "/healthz", 503)
+    with served(empty, live=Live(max_listeners=0)) as one, httpx.Client(base_url=one.url) as ask:
+        documented(ask.get("/api/v1/state"), "/api/v1/state", 503)
+        documented(ask.get("/events"), "/events", 503)
 
 
 def test_openapi_names_all_and_only_data(ask: httpx.Client) -> None:
@@ -213,7 +241,15 @@ def test_other_sites_may_read_data_and_only_data(ask: httpx.Client) -> None:
     assert "access-control-allow-origin" not in ask.get("/", headers=origin).headers
     before = ask.options("/api/v1/state", headers={**origin, "Access-Control-Request-Method": "GET"})
     assert before.status_code == 204 and before.headers["access-control-allow-methods"] == "GET, HEAD"
-    assert "access-control-allow-credentials" not in before.headers
+    assert "access-control-allow-credentials" not in before.headers and "content-length" not in before.headers
+
+
+@pytest.mark.parametrize("path", ["/metrics/", "/api/v1/state/", "/healthz/"])
+def test_nobody_is_led_away_by_what_they_call_us(ask: httpx.Client, path: str) -> None:
+    """Host is the caller's word, or a proxy's for itself: no address is made from it."""
+    for host in ("127.0.0.1:1", "[", "a/b?c", "evil.example"):
+        answer = ask.get(path, headers={"Host": host})
+        assert answer.status_code == 404 and "location" not in answer.headers and host not in answer.text
 
 
 def test_nothing_can_be_written(ask: httpx.Client) -> None:
@@ -295,6 +331,9 @@ def test_pages_that_must_be_made_are_limited() -> None:
         assert codes == [200] * 5 + [429] * 2
         assert ask.get("/models/Mixtral-8x22B", params={"q": "1"}).status_code == 200, "it is made already"
         assert ask.get("/").status_code == 200
+        refused = ask.get("/models/Mixtral-8x22B", params={"q": "x"})
+        assert refused.headers["content-type"].startswith("text/html") and "ask again" in refused.text
+        assert int(refused.headers["retry-after"]) > 1
 
 
 # --- age

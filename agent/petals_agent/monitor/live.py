@@ -44,6 +44,8 @@ class Live:
         return self._stream(seen)
 
     async def _stream(self, seen: str) -> AsyncIterator[bytes]:
+        if self.listeners >= self._max:  # many were let in before the first of them began
+            return
         self.listeners += 1
         try:
             yield b"retry: %d\n\n" % RETRY_MS

@@ -68,6 +68,6 @@ class Guard:
 
 async def _answer(send: Send, status: int, body: bytes, headers: Headers = ()) -> None:
     kind = ((b"content-type", b"text/plain; charset=utf-8"),) if body else ()
-    length = (b"content-length", str(len(body)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [*kind, length, *headers]})
+    length = ((b"content-length", str(len(body)).encode()),) if status != 204 else ()
+    await send({"type": "http.response.start", "status": status, "headers": [*kind, *length, *headers]})
     await send({"type": "http.response.body", "body": body})

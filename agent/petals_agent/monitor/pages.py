@@ -110,9 +110,9 @@ def server_page(view: View, model: Model, server: Server) -> str:
     return _render("server.html", view, base="../../../", model=model, server=server)
 
 
-def missing_page(view: View, base: str, what: str) -> str:
-    """For an address that shows nothing (any more)."""
-    return _render("missing.html", view, base=base, what=what)
+def missing_page(view: View, base: str, title: str, what: str) -> str:
+    """For an address that shows nothing (any more, or for now)."""
+    return _render("missing.html", view, base=base, title=title, what=what)
 
 
 def key(prefix: str) -> str:

@@ -36,6 +36,17 @@ class _Unread:
         return _Unread(left, self.standing + passed if left >= self.left else 0.0, self.seconds + passed)
 
 
+@dataclass(frozen=True)
+class _Idle:
+    """Nothing asked for `seconds` since `last`: who asks anew begins anew, however short its request was."""
+
+    last: Cycle | None
+    seconds: float
+
+    def after(self, cycle: Cycle | None, passed: float) -> _Idle:
+        return _Idle(cycle, self.seconds + passed if cycle is self.last else 0.0)
+
+
 class Patience:
     """`run()` as a task beside the server; time is measured in looks, so a busy loop ends nobody early."""
 
@@ -45,7 +56,7 @@ class Patience:
         """`connections` is looked at again and again: the server's own, living set."""
         self._connections = connections
         self._request, self._answer = request, answer
-        self._idle: dict[Connection, float] = {}
+        self._idle: dict[Connection, _Idle] = {}
         self._unread: dict[Connection, _Unread] = {}
 
     async def run(self) -> NoReturn:
@@ -56,16 +67,16 @@ class Patience:
 
     def look(self, passed: float) -> list[Connection]:
         """Those whose time is up, `passed` seconds after the last look."""
-        idle: dict[Connection, float] = {}
+        idle: dict[Connection, _Idle] = {}
         unread: dict[Connection, _Unread] = {}
         for one in list(self._connections):
             left = one.transport.get_write_buffer_size()
             if left:
                 unread[one] = self._unread.get(one, _Unread(left, 0.0, 0.0)).after(left, passed)
             elif one.cycle is None or one.cycle.response_complete:
-                idle[one] = self._idle.get(one, 0.0) + passed
+                idle[one] = self._idle.get(one, _Idle(one.cycle, 0.0)).after(one.cycle, passed)
         self._idle, self._unread = idle, unread
-        slow = [one for one, seconds in idle.items() if seconds > self._request]
+        slow = [one for one, it in idle.items() if it.seconds > self._request]
         return slow + [
             one for one, it in unread.items() if it.standing > self._answer or it.seconds > WHOLE_S
         ]

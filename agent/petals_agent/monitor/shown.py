@@ -13,11 +13,14 @@ _TRICKS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     "\U000e0000-\U000e007f]"
 )
+# marks upon the letter before them; no language needs more than three, and many of them cover the lines around
+_MARKS = "[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]"
+_PILE = re.compile(f"({_MARKS}{{3}}){_MARKS}+")
 
 
 def visible(text: str) -> str:
-    """`text` with each character that would steer instead of show replaced by �."""
-    return _TRICKS.sub("\ufffd", text) if _TRICKS.search(text) else text
+    """`text` with each character that would steer instead of show replaced by �, and without piles of marks."""
+    return text if text.isascii() and text.isprintable() else _PILE.sub(r"\1", _TRICKS.sub("\ufffd", text))
 
 
 def short(text: str | None, limit: int = MAX_SHOWN) -> str:

@@ -44,6 +44,10 @@ class Health(BaseModel):
     problem: str
 
 
+class Problem(BaseModel):
+    detail: str
+
+
 class PastPoint(BaseModel):
     """The model's past from `at` on for `seconds`; rates in tokens/s."""
 
@@ -81,6 +85,7 @@ def create_app(site: Site, proxies: Proxies | None = None, limits: Limits | None
         description="State of every model and server of a Petals swarm. All answers are snapshots: see `taken_at`.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # it would lead to whatever the caller, or a proxy, calls us
     )
     _Routes(site, proxies or Proxies(), limits or Limits()).add_to(app)
     return Guard(app)
@@ -103,12 +108,14 @@ class _Routes:
                 path, answer, response_model=None, responses={200: {"model": model}, **(more or {})}
             )
 
-        unready = {503: {"description": "not read yet, or too long ago"}}
         wrong = {code: {"model": Reachability} for code in (400, 429, 503)}
-        api("/api/v1/state", self.state, StateDocument, unready)
+        failed = {code: {"model": Problem} for code in (404, 429)}
+        unread = {"model": StateDocument, "description": "nothing was read yet"}
+        stale = {"model": Health, "description": "not read yet, or too long ago"}
+        api("/api/v1/state", self.state, StateDocument, {503: unread})
         api("/api/v1/is_reachable/{peer_id:path}", self.is_reachable, Reachability, wrong)
-        api("/api/v1/history/{prefix:path}", self.history, Past)
-        api("/healthz", self.healthz, Health, unready)
+        api("/api/v1/history/{prefix:path}", self.history, Past, failed)
+        api("/healthz", self.healthz, Health, {503: stale})
         app.add_api_route(
             "/metrics",
             self.metrics,
@@ -120,7 +127,8 @@ class _Routes:
             self.events,
             response_class=Response,
             responses={
-                200: {"content": {"text/event-stream": {}}, "description": "`state` at each snapshot"}
+                200: {"content": {"text/event-stream": {}}, "description": "`state` at each snapshot"},
+                503: {"model": Problem, "description": "too many listen"},
             },
         )
         page("/", self.overview)
@@ -238,15 +246,19 @@ class _Routes:
     # --- what they share
 
     async def problem(self, request: Request, error: Exception) -> Response:
-        """An error as JSON; for an address that does not exist, a page."""
+        """An error as JSON; as a page where a person asked for one, or for what does not exist."""
         assert isinstance(error, HTTPException)
-        if error.status_code == 404 and not request.url.path.startswith("/api/"):
-            depth = request.url.path.count("/") - 1
-            return self._missing("../" * depth or "./", "There is nothing at this address.")
-        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+        path = request.scope["path"]
+        base = "../" * (request.scope["raw_path"].count(b"/") - 1) or "./"
+        if path.startswith("/api/") or (error.status_code != 404 and not path.startswith("/models/")):
+            return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+        if error.status_code == 404:
+            return self._missing(base, "There is nothing at this address.")
+        text = pages.missing_page(self._site.rendering.view, base, "Not now", error.detail)
+        return Response(text, error.status_code, {"Cache-Control": "no-store", **(error.headers or {})}, HTML)
 
     def _missing(self, base: str, what: str) -> Response:
-        text = pages.missing_page(self._site.rendering.view, base, what)
+        text = pages.missing_page(self._site.rendering.view, base, "Not here", what)
         return Response(text, 404, {"Cache-Control": "no-store"}, HTML)
 
     def _allow_page(self, request: Request) -> None:
