@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import gzip
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -18,10 +19,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import psutil
 import uvloop
 
 from monitor import synthetic
@@ -70,13 +72,13 @@ def levels(state: SwarmState) -> dict[str, Any]:
 
 
 @contextmanager
-def site(servers: int, models: int) -> Iterator[int]:
+def site(servers: int, models: int) -> Iterator[tuple[int, psutil.Process]]:
     """The port of a site in a process of its own."""
     command = [sys.executable, __file__, "--serve", "--servers", str(servers), "--models", str(models)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdin is not None
         try:
-            yield int(process.stdout.readline())
+            yield int(process.stdout.readline()), psutil.Process(process.pid)
         finally:
             process.stdin.close()
             process.wait(30)
@@ -89,39 +91,73 @@ def serve(servers: int, models: int) -> None:
         sys.stdin.read()
 
 
-async def load(port: int, path: str, headers: str, seconds: float) -> dict[str, Any]:
+class _Reader(asyncio.BufferedProtocol):
+    """Asks for the same again and again, and reads answers into one buffer, so that the load costs little itself."""
+
+    def __init__(self, request: bytes, end: float) -> None:
+        self._request, self._end = request, end
+        self._buffer = bytearray(1 << 20)
+        self._head, self._left, self._began = b"", 0, 0.0
+        self.took: list[float] = []
+        self.size = 0
+        self.done = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._ask()
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._left:
+            self._left -= nbytes
+        else:
+            head, end, _ = (self._head + self._buffer[:nbytes]).partition(b"\r\n\r\n")
+            if not end:
+                self._head = head
+                return
+            assert head.startswith((b"HTTP/1.1 200", b"HTTP/1.1 304")), head[:60]
+            found = re.search(rb"content-length: (\d+)", head, re.I)
+            self.size = int(found[1]) if found else 0
+            self._left = self.size - (len(self._head) + nbytes - len(head) - len(end))
+            self._head = b""
+        if not self._left:
+            self.took.append(time.perf_counter() - self._began)
+            self._ask()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_exception(error or ConnectionError("the server ended the connection"))
+
+    def _ask(self) -> None:
+        if time.monotonic() < self._end:
+            self._began = time.perf_counter()
+            self._transport.write(self._request)
+        else:
+            self.done.set_result(None)
+            self._transport.close()
+
+
+async def load(port: int, server: psutil.Process, path: str, headers: str, seconds: float) -> dict[str, Any]:
     """Requests in closed loops over kept connections; answers are counted when they have been read whole."""
     request = f"GET {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n".encode()
-    took: list[float] = []
-    size = 0
-    end = time.monotonic() + seconds
-
-    async def one() -> None:
-        nonlocal size
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-        while time.monotonic() < end:
-            began = time.perf_counter()
-            writer.write(request)
-            head = (await reader.readuntil(b"\r\n\r\n")).lower()
-            assert head.startswith((b"http/1.1 200", b"http/1.1 304")), head[:60]
-            length = (
-                int(head.split(b"content-length: ")[1].split(b"\r\n")[0]) if b"content-length" in head else 0
-            )
-            left = length
-            while left:
-                left -= len(await reader.read(min(left, 1 << 18)))
-            size = length
-            took.append(time.perf_counter() - began)
-        writer.close()
-
-    began = time.monotonic()
-    await asyncio.gather(*(one() for _ in range(CONNECTIONS)))
-    took.sort()
+    loop, began, before = asyncio.get_running_loop(), time.monotonic(), server.cpu_times()
+    readers = []
+    for _ in range(CONNECTIONS):
+        _, one = await loop.create_connection(lambda: _Reader(request, began + seconds), "127.0.0.1", port)
+        readers.append(one)
+    async with asyncio.timeout(seconds + 30):
+        await asyncio.gather(*(one.done for one in readers))
+    spent, after = time.monotonic() - began, server.cpu_times()
+    took = sorted(one for reader in readers for one in reader.took)
+    cpu = after.user + after.system - before.user - before.system
     return {
-        "requests_per_s": round(len(took) / (time.monotonic() - began)),
+        "requests_per_s": round(len(took) / spent),
+        "server_cpu_ms": round(cpu / len(took) * 1000, 3),
         "median_ms": round(took[len(took) // 2] * 1000, 2),
         "p99_ms": round(took[int(len(took) * 0.99)] * 1000, 2),
-        "bytes": size,
+        "bytes": readers[0].size,
     }
 
 
@@ -161,7 +197,7 @@ def main() -> int:
         "rendering": rendering(state),
         "gzip": levels(state),
     }
-    with site(arguments.servers, arguments.models) as port:
+    with site(arguments.servers, arguments.models) as (port, server):
         loads = {
             "state_gzip": ("/api/v1/state", "Accept-Encoding: gzip\r\n"),
             "state_not_modified": ("/api/v1/state", "If-None-Match: *\r\n"),
@@ -169,7 +205,7 @@ def main() -> int:
             "healthz": ("/healthz", ""),
         }
         result["load"] = {
-            name: uvloop.run(load(port, path, headers, arguments.seconds))
+            name: uvloop.run(load(port, server, path, headers, arguments.seconds))
             for name, (path, headers) in loads.items()
         }
         result["usable"] = usable(port)
