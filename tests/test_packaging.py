@@ -8,14 +8,23 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from petals_agent.config import Config
+from petals_agent.config.load import config_from
+from petals_agent.config.schema import LogConfig, MonitorConfig
+
 ROOT = Path(__file__).resolve().parents[1]
+MONITOR_UNIT = "systemd/petals-agent-monitor.service"
+MONITOR_FILE = "packaging/debian/petals-agent-monitor.toml"
 UNITS = sorted((ROOT / "systemd").glob("*.service"))
 LOCKED = re.compile(r"([A-Za-z0-9._-]+)==(\S+) --hash=sha256:[0-9a-f]{64}")
 
@@ -37,28 +46,76 @@ def locked(kind: str) -> dict[str, str]:
     return {canonicalize_name(line[1]): line[2] for line in found if line}
 
 
+def pinned() -> dict[str, str]:
+    """Version by name, of constraints.txt."""
+    lines = (ROOT / "packaging/constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if "==" in line]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def project() -> dict[str, Any]:
+    """[project] of pyproject.toml."""
+    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])
+
+
+def names(requirements: Sequence[str]) -> set[str]:
+    """What is required, without versions."""
+    return {canonicalize_name(re.split(r"[<>=\[;]", one)[0]) for one in requirements}
+
+
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_lock_agrees_with_pins_and_ranges(kind: str) -> None:
-    pins = dict(
-        line.split("==")
-        for line in (ROOT / "packaging/constraints.txt").read_text().splitlines()
-        if "==" in line
-    )
-    pins = {canonicalize_name(name): version for name, version in pins.items()}
     versions = locked(kind)
     assert Version(versions["torch"]).local == ("cpu" if kind == "cpu" else None)
-    differ = {name for name, pin in pins.items() if Version(versions.get(name, pin)).public != pin}
+    differ = {name for name, pin in pinned().items() if Version(versions.get(name, pin)).public != pin}
     assert not differ, "run: packaging/make_wheels.py lock"
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = {canonicalize_name(re.split(r"[<>=\[;]", one)[0]) for one in project["dependencies"]}
-    assert names <= set(versions)
+    assert names(project()["dependencies"]) <= set(versions)
     assert not {"pytest", "hypothesis", "ruff", "mypy", "pip"} & set(versions)
 
 
+def test_lock_of_the_monitor_agrees_with_pins_and_requirements() -> None:
+    lines = (ROOT / "packaging/requirements-monitor.txt").read_text().splitlines()
+    wanted = names([line for line in lines if line and not line.startswith("#")])
+    versions, pins = locked("monitor"), pinned()
+    assert wanted <= set(versions), "run: packaging/make_wheels.py lock monitor"
+    assert versions.items() <= pins.items(), "run: packaging/make_wheels.py lock monitor"
+    assert names(project()["optional-dependencies"]["monitor"]) <= wanted
+    assert not {"torch", "transformers", "safetensors", "grpcio", "grpcio-tools", "scipy"} & set(versions)
+
+
+def test_monitor_needs_nothing_beyond_its_requirements() -> None:
+    """All that it imports, its lazy imports included, comes from what the lock names."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED], capture_output=True, text=True, timeout=60, check=True
+    )
+    providers = packages_distributions()
+    loaded = {
+        canonicalize_name(one)
+        for top in done.stdout.split()
+        for one in providers.get(top, ())
+        if top != "torch"
+    }
+    assert "hivemind" in loaded
+    assert loaded <= set(locked("monitor")) | {"petals-agent"}
+
+
+# an address of each kind that p2pd reports, and the parts of hivemind that are imported in functions
+IMPORTED = """
+import sys
+before = set(sys.modules)
+import petals_agent.cli.monitor_main, petals_agent.monitor.service, petals_agent.monitor.text_view
+import hivemind.dht.node, hivemind.p2p, hivemind.proto.runtime_pb2, hivemind.proto.crypto_pb2
+from hivemind.utils.multiaddr import Multiaddr
+peer = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+for address in ("ip4/127.0.0.1/tcp/1", "ip6/::1/udp/1/quic", "dns4/example.org/tcp/1/ws"):
+    Multiaddr(f"/{address}/p2p/{peer}").to_bytes()
+print(*{name.split(".")[0] for name in set(sys.modules) - before})
+"""
+
+
 def test_package_has_the_version_of_the_project() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     newest = re.match(r"petals-agent \((\S+)\)", (ROOT / "packaging/debian/changelog").read_text())
-    assert newest is not None and newest[1] == project["version"]
+    assert newest is not None and newest[1] == project()["version"]
 
 
 def directives(name: str) -> list[str]:
@@ -97,22 +154,25 @@ def test_units_name_commands_that_exist() -> None:
         for found in re.finditer(r"(?m)^Exec\w+=-?/usr/bin/petals-agent (\S+)", unit.read_text())
     }
     assert called == {"run", "reload", "post-stop", "bootstrap"}
-    for command in called:
-        subprocess.run(
-            [sys.executable, "-m", "petals_agent.cli.main", command, "--help"],
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
+    start = re.search(r"(?m)^ExecStart=/usr/bin/(\S+) (.+)", (ROOT / MONITOR_UNIT).read_text())
+    assert start is not None and start[1] in project()["scripts"]
+    lines = [["petals_agent.cli.main", command, "--help"] for command in called]
+    lines.append(["petals_agent.cli.monitor_main", *start[2].split(), "--help"])
+    for line in lines:
+        subprocess.run([sys.executable, "-m", *line], check=True, capture_output=True, timeout=60)
 
 
 def test_manual_has_every_command_and_key(tmp_path: Path) -> None:
     import typer.main
 
     from petals_agent.cli.main import app
+    from petals_agent.cli.monitor_main import app as monitor_app
 
     pages = script("man_pages")
     command = pages.command_page(typer.main.get_command(app), "1.0")
+    monitor = pages.monitor_page(typer.main.get_command(monitor_app), "1.0")
+    for words in (r"\-\-listen", r"\-\-version", r".SS \fBpetals\-agent\-monitor swarm\fP", r"\-\-watch"):
+        assert words in monitor
     for name in ("run", "status", r"config show", "generate", "bootstrap", r"post\-stop"):
         assert rf".SS \fBpetals\-agent {name}\fP" in command
     text = (ROOT / "petals-agent.toml").read_text()
@@ -120,8 +180,13 @@ def test_manual_has_every_command_and_key(tmp_path: Path) -> None:
     page = pages.file_page(text, "1.0")
     assert len(keys) > 40
     assert [key for key in keys if f"\\fB{key} = " not in page] == []
-    for name, content in (("petals-agent.1", command), ("petals-agent.toml.5", page)):
-        (tmp_path / name).write_text(content)
+    (tmp_path / "petals-agent.1").write_text(command)
+    (tmp_path / "petals-agent.toml.5").write_text(page)
+    (tmp_path / "petals-agent-monitor.1").write_text(monitor)
+    text = (ROOT / MONITOR_FILE).read_text()
+    (tmp_path / "petals-agent-monitor.toml.5").write_text(
+        pages.file_page(text, "1.0", "petals-agent-monitor")
+    )
     if man := shutil.which("man"):
         pages_there = [*tmp_path.iterdir(), ROOT / "packaging/debian/petals-agent.service.8"]
         for path in pages_there:
@@ -132,6 +197,25 @@ def test_manual_has_every_command_and_key(tmp_path: Path) -> None:
                 timeout=60,
             )
             assert done.stderr == "", path.name
+
+
+def test_file_of_the_monitor_has_its_keys_and_their_defaults() -> None:
+    """All of [monitor] and [log], and what it needs of [swarm]; the history lies where its unit may write."""
+    text = (ROOT / MONITOR_FILE).read_text()
+    tables = tomllib.loads(re.sub(r"(?m)^#(\w+ = )", r"\1", text))
+    assert [set(tables[name]) for name in ("monitor", "log")] == [
+        set(MonitorConfig.model_fields),
+        set(LogConfig.model_fields),
+    ]
+    state = re.search(r"(?m)^StateDirectory=(.+)", (ROOT / MONITOR_UNIT).read_text())
+    assert state is not None
+    assert tables["monitor"].pop("history") == f"/var/lib/{state[1]}/monitor.sqlite"
+    shown, defaults = config_from(tables), Config()
+    for name, table in tables.items():
+        for key in table:
+            assert getattr(getattr(shown, name), key) == getattr(getattr(defaults, name), key), (
+                f"{name}.{key}"
+            )
 
 
 def test_roff_escapes() -> None:
@@ -150,3 +234,7 @@ def test_wheels_of_the_wrong_torch_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     with pytest.raises(wheels.WheelError):
         wheels.check_torch("cpu", tmp_path)
+    wheels.check_torch("monitor", tmp_path)
+    (tmp_path / "torch-2.0-py3-none-any.whl").touch()
+    with pytest.raises(wheels.WheelError, match="needs no torch"):
+        wheels.check_torch("monitor", tmp_path)
