@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 
 from harness.live import start_live
 from harness.peer import Peer
-from harness.processes import Processes
-from harness.swarm import start_bootstrap
+from harness.processes import Process, Processes, wait_until
+from harness.swarm import PETALS_AGENT
 from harness.waiting import until
 from petals_agent.errors import LimitExceeded, SwarmError
 from petals_agent.monitor.checking import MAX_CHECKS
@@ -171,14 +172,23 @@ async def test_the_collectors_own_p2pd_dies_and_hangs(bootstrap: str, collecting
             assert not collector.state.problem and p2pd_of_this_process() != [pid]
 
 
-async def test_the_swarm_is_gone_and_comes_back(processes: Processes, collecting: Collecting) -> None:
-    maddr = start_bootstrap(processes)
+async def test_the_swarm_is_gone_and_comes_back(
+    processes: Processes, tmp_path: Path, free_port: Callable[[], int], collecting: Collecting
+) -> None:
+    command = [*PETALS_AGENT, "bootstrap", "--json", "--identity", tmp_path / "id.key"]
+    command += ["--listen", f"/ip4/127.0.0.1/tcp/{free_port()}"]
+
+    def start() -> tuple[Process, str]:
+        node = processes.start("bootstrap", command, env={"RUNTIME_DIRECTORY": str(tmp_path)})
+        return node, str(wait_until(node.events, 60, "its addresses")[0]["maddrs"][0])
+
+    node, maddr = start()
     async with collecting([maddr]) as collector:
         await until(lambda: collector.state.taken_at, 30, "the first reading")
         with Peer([maddr]) as other:
             other.store("_petals.models", "tiny", {"num_blocks": 2, "repository": None}, 300)
         await until(lambda: model(collector), 10, "the model")
-        processes.close()
+        node.kill()
         await until(lambda: collector.state.problem, 30, "a word on what is wrong")
         await until(
             lambda: not any(entry.reachable for entry in collector.state.entries), 60, "entries that are gone"
@@ -186,6 +196,9 @@ async def test_the_swarm_is_gone_and_comes_back(processes: Processes, collecting
         taken = collector.state.taken_at
         assert model(collector) is not None, "the old state is still there, with its age"
         assert collector.fresh(taken + 1) and not collector.fresh(taken + 100)
+        assert start()[1] == maddr
+        await until(lambda: collector.state.taken_at > taken, 60, "a reading of what came back")
+        assert not collector.state.problem and all(entry.reachable for entry in collector.state.entries)
 
 
 async def test_no_entry_node_at_all(collecting: Collecting) -> None:

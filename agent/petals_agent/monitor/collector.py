@@ -61,7 +61,6 @@ class Collector:
         self._peers = tuple(peers)
         self._prefixes = tuple(dict.fromkeys(prefixes))
         self._period = period
-        self._startup_timeout = startup_timeout
         options = for_calls(socket_dir, self._peers, startup_timeout=startup_timeout)
         self._network = Network(options, Life())
         self._dialler = Dialler()
@@ -177,7 +176,7 @@ class Collector:
         if problem:
             self._tell(problem)
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._startup_timeout):
+                async with asyncio.timeout(_ANSWER_S):  # it goes on without us
                     await self._network.restart(problem)
             raise SwarmError(problem)
 
