@@ -56,6 +56,10 @@ def test_frozen_agent_is_restarted_by_the_watchdog(running: Swarm) -> None:
     wait_restarted(running, pid)
     (timeout,) = watchdog_timeouts(machine)
     assert when(timeout) - frozen < WATCHDOG_S + 5
+    stacks = [
+        entry for entry in machine.journal("-u", AGENT) if "Fatal Python error" in str(entry["MESSAGE"])
+    ]
+    assert stacks, "where it hung is not in the journal"
 
 
 def test_frozen_container_is_repaired_without_a_restart(running: Swarm) -> None:
