@@ -279,6 +279,13 @@ async def test_what_strangers_write(bootstrap: str, collecting: Collecting) -> N
             assert json.loads(collector.state.model_dump_json())["models"]
             assert collector.state.duration_s < 20
 
+            other.store("_petals.models", "tiny", "no longer a model", 900)
+            spoilt = time.time()
+            await until(lambda: collector.state.taken_at > spoilt, 30, "a reading without its entry")
+            found = model(collector)
+            assert found is not None and not found.unread_blocks, "its servers announce themselves still"
+            assert server(collector, peer(1)) is not None
+
 
 async def raw_store(other: Peer, key: str, raw: bytes) -> None:
     """Bytes that no serialiser would write, straight into a node's storage."""
