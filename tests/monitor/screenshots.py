@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from monitor import synthetic
-from monitor.browser import DESKTOP, PHONE, chromium, tab, why_not
+from monitor.browser import DESKTOP, PHONE, Tab, chromium, tab, why_not
 from monitor.source import Past, served
 from petals_agent.monitor.history import Point
 from petals_agent.monitor.state import SwarmState
@@ -50,7 +50,36 @@ def main() -> int:
             taken_at=0, duration_s=0, update_period_s=30, problem="still joining the swarm"
         ),
     }
+    server = states["mixed"].models[0].servers[0].peer_id
+    views = {  # of the state "mixed": its address, and what is unusual about how it is looked at
+        "model": ("models/Llama-4-70B-hf", {}),
+        "server": (f"models/Llama-4-70B-hf/servers/{server}", {}),
+        "nothing": ("models/none", {}),
+        "static": ("", {"java_script_enabled": False}),
+        "contrast": ("", {"forced_colors": "active"}),
+        "zoomed": ("", {"device_scale_factor": 2, "viewport": {"width": 640, "height": 450}}),
+        "print": ("", {}),
+    }
     with chromium() as browser:
+        for name, (path, options) in views.items():
+            for scheme in ("light", "dark"):
+                picture = f"{name}-{scheme}"
+                if arguments.only in picture and (scheme == "light" or name in ("model", "server")):
+                    size = options.get("viewport", DESKTOP)
+                    more = {key: value for key, value in options.items() if key != "viewport"}
+                    with (
+                        served(states["mixed"], Past(past(now))) as site,
+                        tab(browser, size, color_scheme=scheme, **more) as one,
+                    ):
+                        one.page.goto(f"{site.url}/{path}")
+                        if name == "print":
+                            one.page.emulate_media(media="print")
+                        take(one, arguments.folder / f"{picture}.png", whole=True)
+        with served(states["mixed"], Past(past(now))) as site, tab(browser) as one:
+            site.given.is_fresh = False
+            one.page.goto(site.url)
+            one.page.wait_for_selector("#stale")
+            take(one, arguments.folder / "stale.png")
         for name, state in states.items():
             for size_name, size in (("desktop", DESKTOP), ("phone", PHONE)):
                 for scheme in ("light", "dark"):
@@ -69,11 +98,15 @@ def main() -> int:
                         if name == "mixed" and peer.count():
                             peer.click()
                             one.page.wait_for_selector("tr.opened dl")
-                        one.page.screenshot(
-                            path=arguments.folder / f"{picture}.png", full_page=name in ("mixed", "healthy")
-                        )
-                        print(arguments.folder / f"{picture}.png", *one.errors)
+                        take(one, arguments.folder / f"{picture}.png", name in ("mixed", "healthy"))
     return 0
+
+
+def take(one: Tab, path: Path, whole: bool = False) -> None:
+    """From the top, so that what sticks there is where it belongs."""
+    one.page.evaluate("scrollTo(0, 0)")
+    one.page.screenshot(path=path, full_page=whole)
+    print(path, *one.errors)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from monitor import synthetic
 from monitor.browser import Tab, tab
 from monitor.source import Served, served
+from petals_agent.monitor.live import Live
 from petals_agent.monitor.state import SwarmState
 
 if TYPE_CHECKING:
@@ -224,6 +225,34 @@ def test_a_lost_connection_is_shown_and_mended(browser: Browser, site: Served) -
         one.page.wait_for_selector("html.live")
 
 
+def test_who_gets_no_news_asks(browser: Browser) -> None:
+    """A refusal ends an EventSource for good, such as a proxy's 502 while we are restarted."""
+    now = time.time()
+    state = synthetic.small(now).model_copy(update={"update_period_s": 1.0})
+    live = Live(max_listeners=0)
+    with served(state, live=live) as site, tab(browser) as one:
+        one.page.goto(site.url)
+        site.give(later(state))
+        one.page.wait_for_function(
+            "(taken) => Number(document.body.dataset.takenAt) === taken", arg=state.taken_at + 60
+        )
+        assert one.page.locator("html.live").count() == 0
+        live.max_listeners = 5
+        one.page.wait_for_selector("html.live")
+
+
+def test_a_past_that_is_refused_breaks_nothing(here: Tab) -> None:
+    here.page.route(
+        "**/api/v1/history/**", lambda route: route.fulfill(status=200, json={"detail": "too many"})
+    )
+    with here.page.expect_response("**/api/v1/history/**"):
+        here.page.locator(".plot").nth(1).hover()
+    box = here.page.locator(".plot").nth(1).bounding_box()
+    assert box is not None
+    here.page.mouse.move(box["x"] + 9, box["y"] + 9, steps=5)
+    assert here.page.locator(".plots .readout").nth(1).text_content() == ""
+
+
 async def _end_streams(site: Served) -> None:
     for connection in list(site.connections):
         connection.transport.abort()
@@ -238,6 +267,14 @@ def test_an_old_snapshot_looks_old(browser: Browser) -> None:
             "1 h ago" in one.page.locator("#age").inner_text()
             or "60 min ago" in one.page.locator("#age").inner_text()
         )
+
+
+def test_a_snapshot_that_grows_stale_looks_so(here: Tab, site: Served) -> None:
+    site.given.is_fresh = False
+    here.page.wait_for_selector("#stale")
+    here.page.wait_for_selector("html.late:not(.live)")
+    site.given.is_fresh = True
+    here.page.wait_for_selector("html.live:not(.late)")
 
 
 def test_large_swarms_are_paged(browser: Browser) -> None:

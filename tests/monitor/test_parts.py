@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monitor import synthetic
-from petals_agent.monitor import bars, charts, shown
+from petals_agent.monitor import bars, charts, pages, shown
 from petals_agent.monitor.callers import Allowance, Proxies
 from petals_agent.monitor.classic import StateDocument, classic
 from petals_agent.monitor.documents import HTML, Document, takes_gzip
@@ -71,9 +71,17 @@ def test_figures(value: float | None, text: str) -> None:
     assert shown.figure(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0.0"), (0.0412, "0.041"), (74.0, "74.0"), (1234.56, "1,234.6")]
+)
+def test_rates_in_a_column(value: float, text: str) -> None:
+    assert shown.rate(value) == text
+
+
 def test_a_share_below_one_is_never_shown_as_all() -> None:
     assert shown.share(0.99999) == "99.9 %"
-    assert shown.share(1.0) == "100 %"
+    assert shown.share(1.0) == "100.0 %"
+    assert shown.share(0.96) == "96.0 %"
 
 
 def test_lengths_of_time() -> None:
@@ -92,7 +100,7 @@ def test_coverage_says_where_nobody_serves() -> None:
     rng = random.Random(0)
     model = synthetic.model(rng, "m", 10, [synthetic.server(rng, 0, 4), synthetic.server(rng, 2, 6)])
     assert bars.coverage_in_words(model) == "Servers online per block: 0 to 2; nobody serves 6 to 9"
-    drawn = str(bars.coverage(model))
+    drawn = str(bars.coverage(model, "m"))
     assert drawn.count('class="gap"') == 1 and 'x="60%" width="40%"' in drawn
     assert "M0 2V1H2V0H4V1H6V2H10V2Z" in drawn
 
@@ -127,6 +135,27 @@ def test_a_time_without_readings_leaves_a_hole() -> None:
     assert drawn is not None
     line = str(drawn.coverage).split('class="line" d="')[1].split('"')[0]
     assert line.count("M") == 2
+
+
+@pytest.mark.parametrize(
+    ("highest", "top"), [(0.0, "1"), (0.7, "0.8"), (420.0, "500"), (9000.0, "10k"), (2.2e6, "3M")]
+)
+def test_the_top_of_an_axis_is_short(highest: float, top: str) -> None:
+    drawn = charts.draw([point(0.0, highest / 2), point(9000.0, highest / 2)], 5, 0.0, 86400.0)
+    assert drawn is not None and drawn.top == top
+
+
+def test_a_month_is_drawn_when_it_shows_more_than_a_day() -> None:
+    state = synthetic.small(90 * 86400.0)
+    model, now = state.models[0], state.taken_at
+    day = [point(now - 60.0 * index) for index in range(1500, 0, -1)]
+    week = [point(now - 7 * 86400.0), *day]
+    titles = []
+    for points in (day, week):
+        view = pages.View(state, {model.dht_prefix: points}, False, now)
+        lengths = [("24 h", "12 h", 24), ("30 days", "15 days", 720)]
+        titles.append([one.title for one in pages.plots(view, model, lengths)])
+    assert titles == [["24 h"], ["24 h", "30 days"]]
 
 
 def test_one_point_is_no_line() -> None:

@@ -286,7 +286,7 @@ def test_the_first_page_of_a_large_swarm_is_small() -> None:
     past = {model.dht_prefix: points() for model in state.models}
     page = Rendering(state, past, False, time.time()).overview
     assert len(page.body) + sum(len(one.body) for one in assets().values()) < 150_000
-    assert page.body.count(b"Show 1,000 servers") == 8 and page.body.count(b'class="plot"') == 20
+    assert page.body.count(b"Show 1,000 servers") == 9 and page.body.count(b'class="plot"') == 20
 
 
 def test_addresses_in_a_page_lead_somewhere(ask: httpx.Client) -> None:

@@ -28,8 +28,11 @@ def _pattern(state: ServerState) -> Markup:
     return Markup("") if state == "online" else Markup(' fill="url(#p-{})"').format(state)
 
 
-def coverage(model: Model) -> Markup:
-    """Servers online over each block, what is joining above them, and a mark where there is nobody."""
+def coverage(model: Model, key: str) -> Markup:
+    """Servers online over each block, what is joining above them, and a mark where there is nobody.
+
+    `key` is the drawing's own among those of the page.
+    """
     top = most(model) or 1
     gaps = Markup("").join(
         Markup('<rect class="gap" fill="url(#p-gap)" x="{}" width="{}" height="100%"/>').format(
@@ -37,16 +40,22 @@ def coverage(model: Model) -> Markup:
         )
         for start, end in gap_runs(model.online)
     )
+    above = _upon(model.online, model.joining, top)
+    joining = Markup(
+        '<clipPath id="{}-j" clipPathUnits="objectBoundingBox"><path transform="scale({:.6f} {:.6f})" d="{}"/></clipPath>'
+        '<rect fill="url(#p-joining)" clip-path="url(#{}-j)" width="100%" height="100%"/>'
+    ).format(key, 1 / (model.num_blocks or 1), 1 / top, above, key)
     return Markup(
-        '<svg class="cover" role="img" aria-label="{}">{}'
+        '<svg class="cover" role="img" aria-label="{}">{}{}'
         '<svg viewBox="0 0 {} {}" preserveAspectRatio="none"><path class="joining" d="{}"/><path class="online" d="{}"/></svg>'
         "</svg>"
     ).format(
         coverage_in_words(model),
         gaps,
+        joining if above else "",
         model.num_blocks,
         top,
-        _upon(model.online, model.joining, top),
+        above,
         _steps(model.online, top),
     )
 

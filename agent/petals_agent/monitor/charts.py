@@ -73,7 +73,7 @@ def draw(points: Sequence[Point], num_blocks: int, since: float, until: float) -
             path(lambda one: one.mean / top), path(lambda one: one.weakest / top)
         ),
     )
-    return Charts(coverage, throughput, covered, speed, figure(top), until - since)
+    return Charts(coverage, throughput, covered, speed, _brief(top), until - since)
 
 
 def thin(points: Sequence[Point], since: float, until: float) -> list[Sample]:
@@ -126,7 +126,17 @@ def _path(samples: Sequence[Sample], since: float, until: float, value: Callable
 
 
 def _x(at: float, since: float, until: float) -> int:
-    return round((at - since) / (until - since) * WIDTH)
+    """At the ends a little beyond them, where no edge of an area is seen."""
+    x = round((at - since) / (until - since) * WIDTH)
+    return -3 if x <= 0 else WIDTH + 3 if x >= WIDTH else x
+
+
+def _brief(top: float) -> str:
+    """For the end of an axis."""
+    for least, size, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if top >= least:
+            return f"{top / size:g}{unit}"
+    return f"{top:,g}"
 
 
 def _nice(value: float) -> float:

@@ -18,7 +18,7 @@ class Live:
     """`tell` what is new; each `listen` yields the newest, and skips what it was too slow for."""
 
     def __init__(self, max_listeners: int = 500, heartbeat: float = HEARTBEAT_S) -> None:
-        self._max = max_listeners
+        self.max_listeners = max_listeners
         self._heartbeat = heartbeat
         self._changed = asyncio.Event()  # replaced at each change
         self._serial = ""
@@ -39,12 +39,12 @@ class Live:
 
     def listen(self, seen: str = "") -> AsyncIterator[bytes]:
         """A stream of events after the one called `seen`. Raises LimitExceeded when too many listen."""
-        if self.listeners >= self._max:
-            raise LimitExceeded(f"{self._max} listeners are all that are served; try again later")
+        if self.listeners >= self.max_listeners:
+            raise LimitExceeded(f"{self.max_listeners} listeners are all that are served; try again later")
         return self._stream(seen)
 
     async def _stream(self, seen: str) -> AsyncIterator[bytes]:
-        if self.listeners >= self._max:  # many were let in before the first of them began
+        if self.listeners >= self.max_listeners:  # many were let in before the first of them began
             return
         self.listeners += 1
         try:

@@ -21,7 +21,7 @@ from petals_agent.monitor.state import Model, Server, SwarmState
 from petals_agent.monitor.tables import Query, table
 
 _HERE = Path(__file__).parent
-_ROWS = 72  # on the first page; models after that are shown without their servers
+_ROWS = 60  # on the first page; models after that are shown without their servers
 _DAY = ("24 h", "12 h", 24)
 _MONTH = ("30 days", "15 days", 30 * 24)
 _KINDS = {
@@ -79,13 +79,17 @@ class Plots:
 
 
 def plots(view: View, model: Model, lengths: Sequence[tuple[str, str, int]]) -> list[Plots]:
-    """Those of `lengths` (title, half of it, hours) in which something is known."""
+    """Those of `lengths` (title, half of it, hours; the shortest first) of which more than a sliver is known."""
     points = view.past.get(model.dht_prefix, ())
-    drawn = [
-        (length, charts.draw(points, model.num_blocks, view.now - length[2] * 3600.0, view.now))
-        for length in lengths
-    ]
-    return [Plots(*length, one) for length, one in drawn if one is not None]
+    found: list[Plots] = []
+    known = (view.now - points[0].at) / 3600.0 if points else 0.0
+    shorter = 0
+    for title, half, hours in lengths:
+        drawn = charts.draw(points, model.num_blocks, view.now - hours * 3600.0, view.now)
+        if drawn is not None and known > 2 * shorter:
+            found.append(Plots(title, half, hours, drawn))
+        shorter = hours
+    return found
 
 
 def overview(view: View) -> str:
@@ -144,6 +148,7 @@ def _environment() -> Environment:
         "figure": shown.figure,
         "machine_time": shown.machine_time,
         "ms": shown.milliseconds,
+        "rate": shown.rate,
         "segment": shown.segment,
         "share": shown.share,
         "short": shown.short,

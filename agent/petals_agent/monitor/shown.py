@@ -58,12 +58,16 @@ def figure(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{max(0, digits - whole) if value % 1 else 0}f}"
 
 
+def rate(value: float) -> str:
+    """tokens/s in a column, so that decimal points stand below each other: 1,234.6 · 0.41."""
+    return f"{value:,.1f}" if value >= 1 or value == 0 else f"{value:.2g}"
+
+
 def share(value: float | None) -> str:
-    """0.9876 as 98.8 %; never rounded up to 100 %."""
+    """0.9876 as 98.7 %; never rounded up to 100.0 %."""
     if value is None:
         return "–"
-    percent = int(value * 1000) / 10
-    return f"{percent:g} %"
+    return f"{int(value * 1000) / 10:.1f} %"
 
 
 def milliseconds(seconds: float | None) -> str:

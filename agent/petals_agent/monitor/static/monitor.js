@@ -68,7 +68,7 @@ function keepingFocus(change) {
 async function fetchPage(address) {
   const answer = await fetch(address, { headers: { Accept: "text/html" }, signal: AbortSignal.timeout(15000) });
   const kind = answer.headers.get("Content-Type") || "";
-  if (!kind.startsWith("text/html")) throw new Error(`${answer.status}`);
+  if (!kind.startsWith("text/html") || answer.status === 429) throw new Error(`${answer.status}`);
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   for (const name of MOVED) {
     for (const element of page.querySelectorAll(`[${name}]`)) {
@@ -82,6 +82,7 @@ async function fetchPage(address) {
 // --- what the whole page shows
 
 let refreshing = false;
+let refreshedAt = 0; // performance.now()
 let again = false;
 
 async function refresh() {
@@ -90,6 +91,7 @@ async function refresh() {
     return;
   }
   refreshing = true;
+  refreshedAt = performance.now();
   try {
     const before = tally();
     const page = await fetchPage(location.href.split("#")[0]);
@@ -278,10 +280,10 @@ function readPast(figure, part) {
   const address = plots.dataset.history;
   if (!pasts.has(address)) {
     pasts.set(address, null);
-    fetch(address).then((answer) => answer.json()).then((past) => pasts.set(address, past)).catch(() => pasts.delete(address));
+    fetch(address).then((answer) => answer.json()).then((past) => pasts.set(address, past)).catch(() => null); // not before the next state
   }
   const past = pasts.get(address);
-  if (!past || !past.points.length) return "";
+  if (!past?.points?.length) return "";
   const at = past.since + part * (past.until - past.since);
   const point = past.points.reduce((best, one) => (Math.abs(one.at - at) < Math.abs(best.at - at) ? one : best));
   const when = (past.until - past.since > 90000 ? day : clock).format(new Date(point.at * 1000));
@@ -319,33 +321,42 @@ function tick() {
   const taken = document.getElementById("taken");
   const age = document.getElementById("age");
   const at = Number(body.dataset.takenAt);
+  const period = Number(body.dataset.period);
+  const old = at ? Math.max(0, Date.now() / 1000 + ahead - at) : Infinity;
   if (taken && at) {
-    const old = Math.max(0, Date.now() / 1000 + ahead - at);
     const text = `${spell(old)} ago`;
     if (taken.textContent !== text) taken.textContent = text;
     taken.title = new Date(at * 1000).toLocaleString();
-    root.classList.toggle("late", old > 2 * Number(body.dataset.period) + 60);
+    root.classList.toggle("late", old > 2 * period + 60 || Boolean(document.getElementById("stale")));
   }
   root.classList.toggle("live", connected && !root.classList.contains("late"));
+  if (old > 1.5 * period && performance.now() - refreshedAt > 1000 * Math.max(period, 3)) refresh(); // no news, so ask
   age.title = connected ? "Updates by itself" : "Not connected; trying again";
 }
 
-const events = new EventSource(`${body.dataset.base}events`);
-events.addEventListener("open", () => {
-  connected = true;
-  tick();
-});
-events.addEventListener("error", () => {
-  connected = false;
-  tick();
-});
-events.addEventListener("state", (event) => {
-  const news = JSON.parse(event.data);
-  ahead = news.now - Date.now() / 1000;
-  pasts.clear();
-  const shown = Number(body.dataset.takenAt) === news.taken_at && Boolean(document.getElementById("stale")) === news.stale;
-  if (!shown) setTimeout(refresh, Math.random() * 300); // not all readers at once
-});
+let events = null;
+
+function listen() {
+  events = new EventSource(`${body.dataset.base}events`);
+  events.addEventListener("open", () => {
+    connected = true;
+    tick();
+  });
+  events.addEventListener("error", () => {
+    connected = false;
+    tick();
+    if (events.readyState === EventSource.CLOSED) setTimeout(listen, 3000 + Math.random() * 4000); // refused, not lost
+  });
+  events.addEventListener("state", (event) => {
+    const news = JSON.parse(event.data);
+    ahead = news.now - Date.now() / 1000;
+    pasts.clear();
+    const shown = Number(body.dataset.takenAt) === news.taken_at && Boolean(document.getElementById("stale")) === news.stale;
+    if (!shown) setTimeout(refresh, Math.random() * 300); // not all readers at once
+  });
+}
+
+listen();
 addEventListener("pagehide", () => events.close());
 addEventListener("pageshow", (event) => event.persisted && location.reload());
 
