@@ -38,13 +38,13 @@ def monitor(request: pytest.FixtureRequest, trees: Trees, processes: Processes) 
 
 
 def newer(package: Path, machine: Machine) -> Path:
-    """The same package with a higher version, in the machine's /root."""
+    """The same package with a higher version, in the machine's /srv."""
     folder = scratch()
     tree = folder / "tree"
     subprocess.run(["dpkg-deb", "-R", package, tree], check=True, timeout=120)
     control = tree / "DEBIAN" / "control"
     control.write_text(re.sub(r"(?m)^Version: (\S+)$", r"Version: \1+next", control.read_text()))
-    made = machine.path("/root/newer.deb")
+    made = machine.path("/srv/newer.deb")
     command = ["dpkg-deb", "-Zzstd", "-z1", "--root-owner-group", "-b", tree, made]
     subprocess.run(command, check=True, timeout=120, capture_output=True)
     shutil.rmtree(folder)
@@ -76,20 +76,26 @@ def test_alone_in_a_bare_debian(monitor: Monitor, trees: Trees) -> None:
     machine.run("systemd-analyze", "security", "--threshold=15", UNIT)
 
     # without any configuration, as anybody: the public swarm, which is out of reach here
-    machine.run("mv", CONFIG, "/root/")
+    machine.run("mv", CONFIG, "/srv/")
     run = ["systemd-run", "--unit=bare", "--uid=nobody", "--setenv=HOME=/tmp/nobody", PACKAGE]
     machine.run(*run)
     status, health = wait_until(lambda: (seen := monitor.health())[0] and seen, 30, "the page")
     assert (status, health["ok"]) == (503, False)
     assert "<html" in monitor.get("/")[1]
     machine.run("systemctl", "stop", "bare")
-    machine.run("mv", "/root/petals-agent-monitor.toml", CONFIG)
+    machine.run("mv", "/srv/petals-agent-monitor.toml", CONFIG)
 
     monitor.configure(monitor={"period": "soon"})
     assert machine.run("systemctl", "start", UNIT, check=False).returncode == 1
     wrong = {"ActiveState": "failed", "ExecMainStatus": "78", "NRestarts": "0"}
     machine.wait_for(UNIT, **wrong)
     assert any("monitor.period" in str(entry["MESSAGE"]) for entry in machine.journal("-u", UNIT))
+
+    machine.run("systemctl", "enable", UNIT)
+    assert UNIT in machine.show("multi-user.target", "Wants")["Wants"]
+    assert UNIT not in machine.show("multi-user.target", "After")["After"], (
+        "the boot would wait for the swarm"
+    )
 
     # a swarm that does not answer: it goes on trying beyond systemd's patience, and says so
     monitor.configure(swarm={"initial_peers": [f"/ip4/127.0.0.1/tcp/9/p2p/{NOBODY}"]})
@@ -167,7 +173,7 @@ def test_beside_an_agent(monitor: Monitor, trees: Trees) -> None:
     newer(trees.monitor, machine)
     pid, before = monitor.pid(), machine.path(CONFIG).read_text()
     machine.path(CONFIG).write_text(before + "# mine\n")
-    machine.run("dpkg", "--force-unsafe-io", "-i", "/root/newer.deb", timeout=120)
+    machine.run("dpkg", "--force-unsafe-io", "-i", "/srv/newer.deb", timeout=120)
     wait_until(lambda: monitor.pid() not in (pid, "0"), 30, "another process")
     machine.wait_for(UNIT, **running)
     assert machine.path(CONFIG).read_text().endswith("# mine\n")
