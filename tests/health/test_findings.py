@@ -126,6 +126,14 @@ def test_our_network_is_suspected_first() -> None:
     assert judge([unknown, few]).cure is Step.RESTART_P2PD
 
 
+def test_other_hosts_are_cured_by_no_step_of_ours() -> None:
+    fleet = finding("heartbeat", Status.FAILED)
+    assert (judge([fleet]).health, judge([fleet]).cure) == (Health.UNHEALTHY, None)
+    assert judge([finding("heartbeat", Status.DEGRADED)]).health is Health.DEGRADED
+    p2pd = finding("swarm.p2pd", Status.FAILED, Step.RESTART_P2PD)
+    assert judge([fleet, p2pd]).cure is Step.RESTART_P2PD
+
+
 def test_no_restart_sets_a_clock() -> None:
     clock = finding("host.clock", Status.FAILED)
     unknown = finding("swarm.announced", Status.FAILED, Step.RESTART_P2PD)

@@ -20,6 +20,7 @@ from petals_agent.heartbeat.rules import Timing, now
 
 PERIOD_S = 3.0
 LATENCY_S = 0.01
+SLACK_S = 1.0
 
 
 def names(count: int) -> list[str]:
@@ -146,3 +147,7 @@ class Room:
     def reached(self, number: int, seat: Seat) -> bool:
         phase = seat.member._phase
         return isinstance(phase, Rounds) and phase.standing.round >= number
+
+
+def failed(room: Room) -> list[Seat]:
+    return [seat for seat in room.seats.values() if seat.failures]

@@ -20,46 +20,37 @@ from petals_agent.p2p import control
 
 from .crowd import Crowd, Load
 
-REAL = Timing.of(3.0)
-QUICK = Timing(period=0.1, timeout=2.0, hold=0.7, settle=15.0)  # the rule's time-out, without its pauses
-SLACK_S = 15.0
-pytestmark = pytest.mark.timeout(400)
-
-
-async def test_one_dead_of_sixteen_is_noticed_by_all_in_time(bootstrap: str, tmp_path: Path) -> None:
-    async with Crowd(tmp_path, bootstrap, REAL, 16) as crowd:
-        await crowd.begun()
-        victim = crowd.seats.pop(0)
-        died = time.monotonic()
-        await crowd.end(victim)
-        await crowd.until(
-            lambda: all(s.failures for s in crowd.seats), REAL.bound + SLACK_S, "all have noticed"
-        )
-        latest = max(seat.failures[0][0] for seat in crowd.seats) - died
-        print(f"noticed by all after {latest:.1f} s, the bound is {REAL.bound:g} s")
-        assert len(crowd.seats) == 15
+REAL = Timing.of(1.0)  # the shortest that the rule allows: a time-out of 2 s
+QUICK = Timing(period=0.1, timeout=2.0, hold=0.7, settle=8.0)  # the rule's time-out, without its pauses
+pytestmark = pytest.mark.timeout(200)
 
 
 async def test_no_false_alarm_under_full_load(bootstrap: str, tmp_path: Path) -> None:
+    """A thousand rounds: tests/benchmarks/heartbeat.py."""
     async with Crowd(tmp_path, bootstrap, QUICK, 5) as crowd:
         await crowd.begun()
         async with Load(os.cpu_count() or 1):
-            await crowd.until(lambda: min(s.round for s in crowd.seats) > 200, 300, "two hundred rounds")
+            await crowd.until(lambda: min(s.round for s in crowd.seats) > 20, 100, "twenty rounds")
         assert crowd.failures == []
 
 
 async def test_p2pd_of_a_member_is_replaced_without_an_alarm(bootstrap: str, tmp_path: Path) -> None:
     """Of the first member, whom all others call, and of one whom nobody calls."""
-    async with Crowd(tmp_path, bootstrap, REAL, 5) as crowd:
+    async with Crowd(tmp_path, bootstrap, REAL, 4) as crowd:
         await crowd.begun()
-        for victim in (crowd.seats[0], crowd.seats[4]):
-            number = victim.round
-            folder = next((tmp_path / victim.key.stem).glob("p2pd-*.sock"))
-            found = [p for p in _children("p2pd") if str(folder) in " ".join(_arguments(p))]
+        for victim in (crowd.seats[0], crowd.seats[3]):
+            socket = next((tmp_path / victim.key.stem).glob("p2pd-*.sock"))
+            found = [p for p in _children("p2pd") if str(socket) in " ".join(_arguments(p))]
             os.kill(found[0], signal.SIGKILL)
-            await crowd.until(lambda n=number: min(s.round for s in crowd.seats) > n + 4, 90, "rounds go on")
+            await crowd.until(lambda pid=found[0]: pid not in _children("p2pd"), 10, "it is gone")
+            number = max(seat.round for seat in crowd.seats)
+            await crowd.until(lambda n=number: min(s.round for s in crowd.seats) > n + 2, 90, "rounds go on")
+            await crowd.until(
+                lambda: not any(seat.rounds.standing.failures for seat in crowd.seats if seat.rounds),
+                30,
+                "good ones",
+            )
             assert crowd.failures == []
-        assert {seat.rounds.standing.failures for seat in crowd.seats if seat.rounds} == {0}
 
 
 def _children(name: str) -> list[int]:
@@ -72,14 +63,25 @@ def _arguments(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
-async def test_its_own_p2pd_stays(bootstrap: str, tmp_path: Path) -> None:
-    """p2pd ends itself after 30 s without a client that holds a connection."""
-    async with Crowd(tmp_path, bootstrap, QUICK, 2) as crowd:
+async def test_its_own_p2pd_has_somebody_to_stay_for(bootstrap: str, tmp_path: Path) -> None:
+    """p2pd ends itself after 30 s without a client that holds a connection; questions come and go."""
+    async with Crowd(tmp_path, bootstrap, Timing.of(60.0), 2) as crowd:
         await crowd.begun()
-        pids, began = sorted(_children("p2pd")), time.monotonic()
-        await crowd.until(lambda: time.monotonic() - began > 36, 60, "longer than that")
-        assert sorted(_children("p2pd")) == pids and len(pids) >= 2
-        assert {seat.rounds.standing.failures for seat in crowd.seats if seat.rounds} == {0}
+        for seat in crowd.seats:
+            daemon = seat.post._daemon
+            assert daemon is not None
+            path = control.unix_path(daemon)
+            await crowd.until(lambda at=path: _connections(at) >= 1, 10, "a connection")
+            steady = time.monotonic() + 1.0
+            while time.monotonic() < steady:
+                assert _connections(path) >= 1, "in a pause"
+                await asyncio.sleep(0.05)
+
+
+def _connections(path: str) -> int:
+    """Established ones to a unix socket."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return sum(line.split()[5] == "03" and line.endswith(path) for line in lines[1:])
 
 
 async def test_a_stranger_is_refused(bootstrap: str, tmp_path: Path) -> None:
@@ -115,13 +117,40 @@ async def test_garbage_on_the_wire_costs_nothing(bootstrap: str, tmp_path: Path)
         assert crowd.failures == []
 
 
+async def test_strangers_shut_nobody_out(bootstrap: str, tmp_path: Path) -> None:
+    """They open streams and ask nothing, or do not close them after the refusal."""
+    async with (
+        Crowd(tmp_path, bootstrap, QUICK, 3) as crowd,
+        Crowd(_made(tmp_path / "others"), bootstrap, QUICK, 2) as others,
+    ):
+        await crowd.begun()
+        await others.begun()
+        target, daemon = crowd.seats[0], others.seats[0].post._daemon
+        assert daemon is not None
+        most, writers = 0, []
+        for _ in range(20):
+            opening = [control.open_stream(daemon, target.peer_id, PROTOCOL, 10.0) for _ in range(20)]
+            writers += [
+                one[1]
+                for one in await asyncio.gather(*opening, return_exceptions=True)
+                if isinstance(one, tuple)
+            ]
+            most = max(most, len(target.post._server.streams))
+        assert len(writers) > 300 and most < 100, "one peer has a few at most"
+        number = target.round
+        await crowd.until(lambda: min(s.round for s in crowd.seats) > number + 5, 60, "rounds go on")
+        for writer in writers:
+            writer.close()
+        assert crowd.failures == []
+
+
 async def test_traffic_is_as_designed(bootstrap: str, tmp_path: Path) -> None:
     """Five members and three witnesses: twelve questions and as many answers."""
     async with Crowd(tmp_path, bootstrap, QUICK, 5) as crowd:
         await crowd.begun()
         await crowd.until(lambda: min(s.round for s in crowd.seats) >= 3, 60, "it runs")
         (messages, total), number = crowd.traffic, crowd.seats[0].round
-        await crowd.until(lambda: crowd.seats[0].round >= number + 20, 60, "twenty rounds")
+        await crowd.until(lambda: crowd.seats[0].round >= number + 10, 60, "ten rounds")
         rounds = crowd.seats[0].round - number
         assert (crowd.traffic[0] - messages) / rounds == pytest.approx(24, rel=0.15)
         assert (crowd.traffic[1] - total) / rounds < 24 * 130

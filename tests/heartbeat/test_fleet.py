@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from types import SimpleNamespace
 from typing import Any
@@ -109,12 +110,58 @@ async def test_the_first_member_is_the_lowest_that_answers(
     assert sorted(asked) == PEERS[:3] + (PEERS[4:] if seen[0] == PEERS[3] else []), "others only by the first"
 
 
+def test_only_who_can_be_asked_is_a_member() -> None:
+    """Names come from whoever is the first member of a group."""
+    group = Group("g", None, 3.0, None)  # type: ignore[arg-type]
+    assert group.admits(A)
+    assert not any(map(group.admits, ("junk", "", "<script>", "1" * 46, "Qm" + "1" * 44)))
+
+
+class Cancelling:
+    """A DHT node whose p2pd is replaced: hivemind cancels what waits for it."""
+
+    async def get(self, key: str, **options: Any) -> Any:
+        raise asyncio.CancelledError
+
+    store = get
+
+
+async def cancelling() -> Any:
+    return Cancelling()
+
+
+async def nobody(peer: str, request: Request, timeout: float) -> Answer:
+    raise AssertionError("nobody is known")
+
+
+async def test_what_hivemind_cancels_does_not_end_us() -> None:
+    group = Group("g", None, 3.0, cancelling)
+    with pytest.raises(SwarmError, match="cannot be asked for group g"):
+        await group.look(A, nobody, 1.0)
+    known = asyncio.create_task(group.keep_known(A))
+    await asyncio.sleep(0.05)
+    assert not known.done()
+    known.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await known
+
+
+async def test_we_can_be_cancelled_while_the_dht_is_asked() -> None:
+    never = asyncio.Event()
+
+    async def node() -> Any:
+        await never.wait()
+
+    looking = asyncio.create_task(Group("g", None, 3.0, node).look(A, nobody, 1.0))
+    await asyncio.sleep(0.01)
+    looking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await looking
+
+
 async def test_a_dht_that_does_not_answer_is_said() -> None:
     async def node() -> Any:
         raise RuntimeError("p2pd is gone")
 
-    async def ask(peer: str, request: Request, timeout: float) -> Answer:
-        raise AssertionError("nobody is known")
-
     with pytest.raises(SwarmError, match=r"cannot be asked for group g.*p2pd is gone"):
-        await Group("g", None, 3.0, node).look(A, ask, 1.0)
+        await Group("g", None, 3.0, node).look(A, nobody, 1.0)

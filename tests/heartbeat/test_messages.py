@@ -101,6 +101,11 @@ def test_anything_else_is_refused_with_words(name: str) -> None:
         read_request(WRONG[name])
 
 
+def test_words_of_others_steer_no_terminal() -> None:
+    alarm = read_request(encode(Alarm(life=LIFE, reason="\x1b[2Jgone\r\n")))
+    assert isinstance(alarm, Alarm) and alarm.reason == " [2Jgone  "
+
+
 def test_size_is_looked_at_first() -> None:
     with pytest.raises(LimitExceeded, match=str(LIMIT)):
         read_request(encode(Who(fleet="f")) + bytes(LIMIT))

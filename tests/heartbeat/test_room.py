@@ -16,10 +16,9 @@ from petals_agent.errors import SwarmError
 from petals_agent.heartbeat.messages import Alarm, Beat, Join, Known, Start, packed
 from petals_agent.heartbeat.rules import Timing, now
 
-from .room import LATENCY_S, Room, Seat
+from .room import LATENCY_S, SLACK_S, Room, failed
 
 Play = Callable[[Room], Coroutine[Any, Any, None]]
-SLACK_S = 1.0
 
 
 def play(count: int, scene: Play, timing: Timing | None = None) -> None:
@@ -35,10 +34,6 @@ def play(count: int, scene: Play, timing: Timing | None = None) -> None:
             await room.close()
 
     clock.run(main())
-
-
-def failed(room: Room) -> list[Seat]:
-    return [seat for seat in room.seats.values() if seat.failures]
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 16, 100])
@@ -247,38 +242,6 @@ def test_an_alarm_is_heard_in_a_pause() -> None:
     play(5, scene, Timing.of(60.0))
 
 
-def test_members_may_start_hours_apart() -> None:
-    async def main() -> None:
-        room = Room(4)
-        for name in reversed(room.names):
-            room.start(name)
-            await asyncio.sleep(3600)
-        await room.begun()
-        assert not failed(room)
-        await room.close()
-
-    clock.run(main())
-
-
-def test_nobody_begins_without_all() -> None:
-    async def main() -> None:
-        room = Room(4)
-        room.start(*room.names[:3])
-        await asyncio.sleep(100)
-        assert not any(room.reached(0, seat) for seat in room.seats.values())
-        assert "3 of 4 members are here" in (room.seats[room.names[1]].member.problem or "")
-        await room.kill(room.names[1])
-        room.start(room.names[3])
-        await asyncio.sleep(100)
-        assert not any(room.reached(0, seat) for seat in room.seats.values()), "one who left does not count"
-        room.start(room.names[1])
-        await room.begun()
-        assert not failed(room)
-        await room.close()
-
-    clock.run(main())
-
-
 def test_a_stranger_is_refused() -> None:
     async def scene(room: Room) -> None:
         ask = room._asker("stranger")
@@ -334,36 +297,6 @@ def test_a_wrong_token_is_fatal_at_once_for_all() -> None:
     play(5, scene)
 
 
-def test_an_unequal_merge_at_the_start_is_fatal() -> None:
-    """The first member gives another token to one of them."""
-
-    async def main() -> None:
-        room = Room(4)
-        first = room.names[0]
-        room.start(*room.names)
-        original = room._answer
-        lied = asyncio.Event()
-
-        async def answer(peer: str, asker: str, body: bytes) -> bytes:
-            from petals_agent.heartbeat.messages import encode, read_answer
-
-            found = await original(peer, asker, body)
-            said = read_answer(found)
-            if isinstance(said, Start) and asker == room.names[2] and not lied.is_set():
-                lied.set()
-                return encode(said.model_copy(update={"token": (said.token + 1) % 65535}))
-            return found
-
-        room._answer = answer  # type: ignore[method-assign]
-        took = await room.until(lambda: len(failed(room)) == 4, 30, "all of them")
-        assert lied.is_set() and took < room.timing.period + SLACK_S, "in the first round"
-        await room.begun()
-        assert first in room.seats
-        await room.close()
-
-    clock.run(main())
-
-
 def test_a_short_stop_costs_no_more_than_it_lasts() -> None:
     """Cut off for a time and back: never fatal while it is shorter than a round and its time-out."""
 
@@ -384,7 +317,7 @@ def test_a_short_stop_costs_no_more_than_it_lasts() -> None:
     play(7, scene)
 
 
-def test_a_thousand_rounds_with_lost_and_late_messages() -> None:
+def test_many_rounds_with_lost_and_late_messages() -> None:
     """One message in a hundred is lost, others take up to half a second: never three rounds in a row."""
 
     async def scene(room: Room) -> None:
@@ -392,7 +325,7 @@ def test_a_thousand_rounds_with_lost_and_late_messages() -> None:
         room.delay = lambda a, b: None if luck.random() < 0.01 else luck.expovariate(1 / 0.05)
         seat = room.seats[room.names[0]]
         began = now()
-        await room.until(lambda: room.reached(1000, seat), 10000, "a thousand rounds")
+        await room.until(lambda: room.reached(200, seat), 2000, "two hundred rounds")
         assert not failed(room)
         print(f"{now() - began:.0f} s")
 

@@ -128,7 +128,8 @@ def test_all_that_is_there_is_documented(scene: Scene) -> None:
         for name, family in scene.families().items()
         if not name.startswith("petals_plugin_")
     }
-    assert found == documented()
+    alone = {name: what for name, what in documented().items() if "_heartbeat_" not in name}
+    assert found == alone, "this host belongs to no fleet"
     assert all(family.documentation for family in scene.families().values())
 
 

@@ -16,6 +16,10 @@ EXCUSES: Mapping[str, frozenset[str]] = {
 }
 
 
+# A failure of these is an illness that no step of ours cures: plugins are asked what to do, and our blocks are sound.
+OF_OTHERS = frozenset({"heartbeat"})
+
+
 class Health(enum.Enum):
     HEALTHY = "healthy"
     DEGRADED = "degraded"
@@ -41,7 +45,7 @@ class Verdict:
 
 
 def judge(findings: Iterable[Finding]) -> Verdict:
-    """Unhealthy if something failed that a step of ours may cure; degraded if something else is not as it should be.
+    """Unhealthy if something failed that a step of ours may cure, or the fleet; degraded if something else is not as it should be.
 
     When nobody in the swarm answers, what others say or do not say of us is no finding against p2pd or the container: our
     own network is suspected first, and a restart would not bring it back. Nor does one set a wrong clock, for which peers
@@ -62,4 +66,6 @@ def judge(findings: Iterable[Finding]) -> Verdict:
     if cures:
         both = {Step.RESTART_P2PD, Step.RESTART_CONTAINER} <= cures
         return Verdict(Health.UNHEALTHY, tuple(reasons), Step.RESTART_BOTH if both else max(cures))
+    if failed & OF_OTHERS:
+        return Verdict(Health.UNHEALTHY, tuple(reasons))
     return Verdict(Health.DEGRADED if reasons else Health.HEALTHY, tuple(reasons))

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from petals_agent.config import Config, load_config
+from petals_agent.config import Config, config_from, load_config
 from petals_agent.errors import ConfigError, HeartbeatFailed, SwarmError
 from petals_agent.heartbeat.fleet import Group, Listed, Roll
 from petals_agent.heartbeat.member import Member, Told
@@ -35,6 +37,7 @@ log = logging.getLogger("petals_agent.heartbeat")
 
 OnFailure = Literal["exit", "unhealthy", "log"]
 _STOP_S = 5.0
+_EXIT_S = 15.0  # after a failure that ends the program: what is in the way then is left alone
 
 _lock = threading.Lock()
 _running: Handle | None = None
@@ -53,12 +56,13 @@ class _Options:
 class Handle(threading.Event):
     """Set it to stop the heartbeat. `failure` is why the fleet is not consistent, or None while it is."""
 
-    def __init__(self, options: _Options) -> None:
+    def __init__(self, options: _Options, before: Handle | None = None) -> None:
+        """`before` had the same identity and has been told to stop."""
         super().__init__()
-        self._options = options
+        self._options, self._before = options, before
         self._member: Member | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._asked_to_stop: asyncio.Event | None = None
+        self._identity: IdentityLock | None = None
+        self._stop: Callable[[], object] | None = None  # no lock: signal handlers set us, too
         self._begun = threading.Event()  # or ended
         self._beats = False
         self._error: BaseException | None = None
@@ -69,27 +73,21 @@ class Handle(threading.Event):
     def set(self) -> None:
         """Stop. The others will find that we are gone: stop all of them about together."""
         super().set()
-        with _lock:
-            loop, event = self._loop, self._asked_to_stop
-            if loop is not None and event is not None and not loop.is_closed():
-                loop.call_soon_threadsafe(event.set)
+        if self._stop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                self._stop()
 
     @property
     def failure(self) -> str | None:
         """The last fatal failure, until all members beat together again; None with on_failure = "log"."""
         member = self._member
-        return member.failure if member is not None and self._options.on_failure == "unhealthy" else None
+        if member is None or self._options.on_failure != "unhealthy":
+            return None
+        return member.failure if self._error is None else f"the heartbeat ended: {self._error!r:.300}"
 
     def status(self) -> dict[str, Any]:
         """Members, round, failures in a row and more, as `petals-agent heartbeat --json` shows them; empty once stopped."""
-        loop, member = self._loop, self._member
-        if member is None or loop is None or not self.alive:
-            return {}
-
-        async def read() -> dict[str, Any]:
-            return member.to_dict()
-
-        return asyncio.run_coroutine_threadsafe(read(), loop).result(_STOP_S)
+        return self._member.to_dict() if self._member is not None and self.alive else {}
 
     @property
     def alive(self) -> bool:
@@ -122,34 +120,55 @@ class Handle(threading.Event):
 
     def _run(self) -> None:
         try:
+            if self._before is not None:
+                self._before.join(2 * _STOP_S)
+                self._before = None
             asyncio.run(self._main())
         except BaseException as error:
-            if self._beats and isinstance(error, HeartbeatFailed):
-                log.critical("%s", error)
-                logging.shutdown()
-                os._exit(error.exit_code)  # whatever the program's other threads are doing
-            if self._beats:
-                log.critical("the heartbeat ended: %r", error, exc_info=error)
             self._error = error
+            if self._beats and (isinstance(error, HeartbeatFailed) or not self.is_set()):
+                self._break_off(error)
         finally:
             self._begun.set()
+
+    def _break_off(self, error: BaseException) -> None:
+        """It ended by itself: a failure of the fleet, or a mistake of ours, after which nobody here would notice one."""
+        ends = self._options.on_failure == "exit"
+        if ends:
+            self._exit_soon()
+        known = isinstance(error, HeartbeatFailed)
+        log.critical("%s", error if known else f"the heartbeat ended: {error!r}", exc_info=not known)
+        if ends:
+            logging.shutdown()
+            os._exit(HeartbeatFailed.exit_code)  # whatever the program's other threads are doing
+
+    def _exit_soon(self) -> None:
+        """Even if a stream that nobody reads, or p2pd, keeps us from ending in order."""
+        timer = threading.Timer(_EXIT_S, os._exit, (HeartbeatFailed.exit_code,))
+        timer.daemon = True
+        with contextlib.suppress(RuntimeError):  # no more threads: the interpreter ends
+            timer.start()
 
     async def _main(self) -> None:
         options = self._options
         stop = asyncio.Event()
-        with _lock:
-            self._loop, self._asked_to_stop = asyncio.get_running_loop(), stop
-        if self.is_set():
+        self._stop = partial(asyncio.get_running_loop().call_soon_threadsafe, stop.set)
+        if self.is_set():  # looked at last, as `set` looks at `_stop` last
             return
         identity = options.daemon.identity
         assert identity is not None
         me = ensure_identity(identity)
-        lock = IdentityLock(identity)
+        self._identity = IdentityLock(identity)
         try:
             with tempfile.TemporaryDirectory(prefix="petals-heartbeat-") as folder:
                 await self._beat(me, stop, Path(folder))
         finally:
-            lock.release()
+            self._identity.release()
+
+    def forget(self) -> None:
+        """In a forked process: our identity stays with the parent, and is free when that ends."""
+        if self._identity is not None:
+            self._identity.release()
 
     async def _beat(self, me: str, stop: asyncio.Event, folder: Path) -> None:
         options = self._options
@@ -173,7 +192,9 @@ class Handle(threading.Event):
                 self._beats = True
                 self._begun.set()
                 return
-            if options.on_failure == "exit":
+            if options.on_failure == "exit" and not self.is_set():
+                if self._beats:
+                    self._exit_soon()
                 raise HeartbeatFailed(f"the fleet is not consistent: {told.failure}")
             log.warning("the fleet is not consistent: %s", told.failure)
 
@@ -190,6 +211,8 @@ class Handle(threading.Event):
         for result in ended:
             if isinstance(result, Exception):
                 raise result
+        if not stop.is_set():
+            raise SwarmError("a task of the heartbeat was cancelled by somebody else")
 
 
 def start(
@@ -214,53 +237,61 @@ def start(
     `initial_peers` and `listen` are multiaddresses. What is None comes from the agent's configuration ([heartbeat] and [swarm]).
     `timing` is for tests.
 
-    A second start is ignored: it returns the running handle. Raises ConfigError, or SwarmError when not all members are there after
-    `start_timeout` seconds (None: wait for ever).
+    A second start is ignored: it returns the running handle, at once. Raises ConfigError; SwarmError when not all members are there
+    after `start_timeout` seconds (None: wait for ever); with "exit" HeartbeatFailed when their tokens are unequal at the start.
     """
     global _running
     with _lock:
         if _running is not None and not _running.is_set() and _running.alive:
             log.warning("a heartbeat is running already: this start is ignored")
             return _running
-        options = _options(period, members, group, size, initial_peers, listen, identity, config)
-        _running = handle = Handle(replace(options, on_failure=on_failure, timing=timing or options.timing))
+        beat = {
+            "members": members,
+            "group": group,
+            "size": size,
+            "period": period,
+            "on_failure": on_failure,
+        }
+        swarm = {"initial_peers": initial_peers, "listen": listen, "identity": identity}
+        options = _options(_given(beat), _given(swarm), config)
+        _running = handle = Handle(replace(options, timing=timing or options.timing), _running)
         handle.begin()
     handle.wait_for_all(start_timeout)
     return handle
 
 
-def _options(
-    period: float | None,
-    members: Sequence[str] | None,
-    group: str | None,
-    size: int | None,
-    initial_peers: Sequence[str] | None,
-    listen: Sequence[str] | None,
-    identity: str | Path | None,
-    path: Path | None,
-) -> _Options:
-    """What is None is taken from the configuration, which is read only then. Raises ConfigError."""
-    open_ = None in (period, initial_peers, listen, identity) or (members is None and group is None)
-    config = load_config(path, require_model=False) if open_ else Config()
-    beat, swarm = config.heartbeat, config.swarm
-    if members is None and group is None:
-        members, group = beat.members, beat.group
-        size = size if size is not None or beat.size == "auto" else beat.size
-    if not members and not group:
+def _given(table: dict[str, Any]) -> dict[str, Any]:
+    """What is not None, as a configuration file would hold it."""
+    plain = {
+        key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for key, value in table.items()
+    }
+    return {key: value for key, value in plain.items() if value is not None}
+
+
+def _options(beat: dict[str, Any], swarm: dict[str, Any], path: Path | None) -> _Options:
+    """What is not given is taken from the configuration, which is read only then. Raises ConfigError."""
+    fleet = "members" in beat or "group" in beat
+    if fleet:
+        beat = {"members": [], "group": "", "size": "auto", **beat}
+    mine = config_from({"heartbeat": beat, "swarm": swarm})
+    complete = fleet and "period" in beat and {"initial_peers", "listen", "identity"} <= swarm.keys()
+    base = Config() if complete else load_config(path, require_model=False)
+    own = base.heartbeat.model_copy(update={key: getattr(mine.heartbeat, key) for key in beat})
+    net = base.swarm.model_copy(update={key: getattr(mine.swarm, key) for key in swarm})
+    if not own.members and not own.group:
         raise ConfigError("a heartbeat needs heartbeat.members (peer ids) or heartbeat.group (a name)")
     daemon = DaemonOptions(
-        identity=Path(identity) if identity is not None else swarm.identity,
-        initial_peers=tuple(initial_peers) if initial_peers is not None else swarm.entry_peers,
-        listen=tuple(listen) if listen is not None else swarm.listen,
-        announce=swarm.announce,
-        use_relay=swarm.relay,
-        use_auto_relay=swarm.relay,
-        startup_timeout=swarm.daemon_startup_timeout,
+        identity=net.identity,
+        initial_peers=net.entry_peers,
+        listen=net.listen,
+        announce=net.announce,
+        use_relay=net.relay,
+        use_auto_relay=net.relay,
+        startup_timeout=net.daemon_startup_timeout,
     )
-    seconds = period if period is not None else beat.period
-    if not seconds > 0:
-        raise ConfigError(f"the heartbeat's period is {seconds:g} s; it must be more than 0")
-    return _Options(tuple(members or ()), group or "", size, "exit", Timing.of(seconds), daemon)
+    size = None if own.size == "auto" else own.size
+    return _Options(own.members, own.group, size, own.on_failure, Timing.of(own.period), daemon)
 
 
 def _stop_at_exit() -> None:
@@ -273,6 +304,8 @@ def _stop_at_exit() -> None:
 def _forget_in_child() -> None:
     """A forked process has no heartbeat: the thread stayed with the parent."""
     global _running, _lock
+    if _running is not None:
+        _running.forget()
     _running, _lock = None, threading.Lock()
 
 

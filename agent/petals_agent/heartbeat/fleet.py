@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from petals_agent.errors import AgentError, ConfigError, SwarmError
 from petals_agent.heartbeat.messages import Answer, Known, Request, Who
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("petals_agent.heartbeat")
 
+_T = TypeVar("_T")
 Ask = Callable[[str, Request, float], Awaitable[Answer]]
 """Ask a member (peer id) within so many seconds; raises SwarmError if there is no answer, or a refusal."""
 
@@ -98,6 +99,11 @@ class Group:
         self._node = node
 
     def admits(self, peer_id: str) -> bool:
+        """Whoever can be asked; what names a member is a text from somebody else."""
+        try:
+            check_peer_id(peer_id)
+        except ValueError:
+            return False
         return True
 
     async def look(self, me: str, ask: Ask, timeout: float) -> tuple[str, set[str]]:
@@ -136,22 +142,35 @@ class Group:
     async def _store(self, me: str) -> None:
         from hivemind.utils.timed_storage import get_dht_time
 
-        try:
-            async with asyncio.timeout(_DHT_TIMEOUT_S):
-                node = await self._node()
-                await node.store(self._key, 1, get_dht_time() + RECORD_S, subkey=me)
-        except Exception as error:  # hivemind raises what it likes
-            raise SwarmError(f"the DHT did not take our record of {self.name}: {error!r:.200}") from error
+        async def store(node: DHTNode) -> bool:
+            return bool(await node.store(self._key, 1, get_dht_time() + RECORD_S, subkey=me))
+
+        if not await self._with_node(store):
+            raise SwarmError(f"the DHT did not take our record of {self.name}")
 
     async def _read(self) -> list[str]:
         """Peer ids that have a record, in order; what is none is left out."""
+
+        async def read(node: DHTNode) -> Any:
+            return await node.get(self._key, sufficient_expiration_time=math.inf)
+
+        return sorted(peers_of(await self._with_node(read)))[:_MAX_RECORDS]
+
+    async def _with_node(self, action: Callable[[DHTNode], Awaitable[_T]]) -> _T:
+        """Raises SwarmError for whatever hivemind raises; when p2pd is replaced, it cancels what it was doing for us."""
         try:
             async with asyncio.timeout(_DHT_TIMEOUT_S):
-                node = await self._node()
-                found = await node.get(self._key, sufficient_expiration_time=math.inf)
-        except Exception as error:  # hivemind raises what it likes
+                return await action(await self._node())
+        except (Exception, asyncio.CancelledError) as error:
+            if we_are_cancelled(error):
+                raise
             raise SwarmError(f"the DHT cannot be asked for {self.name}: {error!r:.200}") from error
-        return sorted(peers_of(found))[:_MAX_RECORDS]
+
+
+def we_are_cancelled(error: BaseException) -> bool:
+    """And not only something that hivemind was doing for us."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
 def _few(peers: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from petals_agent.errors import AgentError, Refused, SwarmError
@@ -55,9 +55,10 @@ class UnequalStart(Exception):
 
 @dataclass(eq=False)
 class _Guest:
-    """A member whose question is open."""
+    """A member whose question is open, until `answered`."""
 
     life: bytes
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Gathering:
@@ -100,9 +101,11 @@ class Gathering:
                     if coming - self._guests.keys():
                         self._newest = now()
                     await self._lead()
-                elif await self._join(first):
-                    pause = _FIRST_PAUSE_S
-                    continue
+                else:
+                    self._answer_all()  # that it is elsewhere
+                    if await self._join(first):
+                        pause = _FIRST_PAUSE_S
+                        continue
             except AgentError as error:
                 self.problem = str(error)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
@@ -111,6 +114,7 @@ class Gathering:
     def _begin(self, session: Session) -> None:
         self._session = session
         self._begun.set()
+        self._answer_all()
 
     # --- as the first member
 
@@ -121,6 +125,10 @@ class Gathering:
             self._begin_if_all_are_here()
             self.problem = self._count(len(self._guests) + 1)
             await asyncio.sleep(min(self._timing.settle / 4, self._timing.patience))
+
+    def _answer_all(self) -> None:
+        for guest in self._guests.values():
+            guest.answered.set()
 
     def _count(self, here: int) -> str:
         return f"{here} of {self._roll.size or 'an unknown number of'} members are here"
@@ -150,11 +158,13 @@ class Gathering:
                 self._met.clear()
             self._met[peer_id] = join.life
             self._newest = now()
+        if (before := self._guests.get(peer_id)) is not None:
+            before.answered.set()  # nobody has two questions open
         guest = self._guests[peer_id] = _Guest(join.life)
         try:
             self._begin_if_all_are_here()
-            async with asyncio.timeout(self._timing.hold):
-                await self._begun.wait()
+            async with asyncio.timeout(self._timing.visit * random.uniform(0.5, 1.0)):  # not all at one time
+                await guest.answered.wait()
         except TimeoutError:
             pass
         finally:
@@ -165,21 +175,24 @@ class Gathering:
 
     def _farewell(self, peer_id: str, here: int) -> Answer:
         session = self._session
-        return session.start if session is not None and peer_id in session.lives else Wait(here=here)
+        if session is not None and peer_id in session.lives:
+            return session.start
+        return Wait(here=here) if self._leading else Elsewhere()
 
     # --- as any other
 
     async def _join(self, first: str) -> bool:
         """Whether it makes sense to ask again at once. Raises UnequalStart, or SwarmError when there is no answer."""
-        limit = self._timing.hold + self._timing.patience
+        limit = self._timing.visit + self._timing.patience
         answer = await self._ask(first, Join(fleet=self._roll.name, life=self.life), limit)
         match answer:
             case Start(token=token, lives=lives):
-                # else it is of another life of ours
-                if lives.get(self._me) == self.life and all(map(self._roll.admits, lives)):
+                if self._is_right(first, lives):
                     self._begin(Session(self._me, Fleet(tuple(lives)), lives, token))
                     return True
-                raise SwarmError(f"…{first[-6:]} started without us")
+                raise SwarmError(
+                    f"…{first[-6:]} started without us, or with others than those who may be members"
+                )
             case Wait(here=here):
                 self.problem = self._count(here)
                 return True
@@ -188,6 +201,12 @@ class Gathering:
             case _:
                 self.problem = f"{shown([first])} is not the first member (any more)"
                 return False
+
+    def _is_right(self, first: str, lives: Mapping[str, bytes]) -> bool:
+        """Whether these can be the members, ourselves among them as we are now: not in an earlier life."""
+        if lives.get(self._me) != self.life or first not in lives or not all(map(self._roll.admits, lives)):
+            return False
+        return self._roll.size in (None, len(lives))
 
     async def answer(self, peer_id: str, request: Request) -> Answer:
         """Raises Refused for whom or what we do not answer."""

@@ -14,7 +14,7 @@ from petals_agent.heartbeat.fleet import Ask, Roll
 from petals_agent.heartbeat.gathering import Gathering, Session, UnequalStart
 from petals_agent.heartbeat.messages import MAX_REASON, Alarm, Answer, Request
 from petals_agent.heartbeat.rounds import Rounds
-from petals_agent.heartbeat.rules import Timing, now
+from petals_agent.heartbeat.rules import Timing
 
 log = logging.getLogger("petals_agent.heartbeat")
 
@@ -39,6 +39,8 @@ class Member:
         self._me, self._roll, self._timing, self._ask, self._tell = me, roll, timing, ask, tell
         self._phase: Gathering | Rounds | None = None
         self.failure: str | None = None  # the last fatal one, until a round succeeds after it
+        self._time = asyncio.get_running_loop().time
+        self._succeeded: float | None = None  # when a round did last, in this session or before
 
     async def run(self) -> NoReturn:
         """Until cancelled, or until `tell` raises."""
@@ -63,6 +65,7 @@ class Member:
         def well() -> None:
             nonlocal beating
             self.failure = None
+            self._succeeded = self._time()
             if not beating:
                 beating = True
                 self._tell(Told(members=session.fleet.members))
@@ -119,10 +122,10 @@ class Member:
         return problem if self.failure is None else f"{self.failure}; {problem}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For `status`, as plain values; times in seconds. Names are stable."""
+        """For `status`, as plain values; times in seconds. Names are stable. From any thread."""
         phase = self._phase
         rounds = phase if isinstance(phase, Rounds) else None
-        succeeded = rounds.succeeded if rounds is not None else 0.0
+        succeeded = self._succeeded
         return {
             "state": "gathering" if rounds is None else "running",
             "fleet": self._roll.name,
@@ -132,7 +135,7 @@ class Member:
             "round": rounds.standing.round if rounds is not None else None,
             "failures": rounds.standing.failures if rounds is not None else 0,
             "missing": rounds.missing if rounds is not None else [],
-            "success_ago": now() - succeeded if succeeded else None,
+            "success_ago": self._time() - succeeded if succeeded is not None else None,
             "failure": self.failure,
             "problem": self.problem,
             "period": self._timing.period,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, TypeVar
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from petals_agent.errors import LimitExceeded, RequestError
 from petals_agent.heartbeat.rules import MAX_MEMBERS, TOKENS
@@ -17,12 +17,18 @@ LIMIT = 16 * 1024  # bytes of one message; the largest names all members
 SET_BYTES = 16  # of a set of members, always, so that traffic does not depend on who is in it
 MAX_REASON = 300
 
+
+def printable(text: str) -> str:
+    """What others say is shown in terminals: nothing in it may steer one."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 Life = Annotated[bytes, Field(min_length=8, max_length=8)]
 Token = Annotated[int, Field(ge=0, lt=TOKENS)]
 Number = Annotated[int, Field(ge=0, lt=2**48)]
 Members = Annotated[bytes, Field(min_length=SET_BYTES, max_length=SET_BYTES)]
 Name = Annotated[str, Field(max_length=200)]
-Reason = Annotated[str, Field(max_length=MAX_REASON)]
+Reason = Annotated[str, Field(max_length=MAX_REASON), AfterValidator(printable)]
 
 
 class Message(BaseModel):

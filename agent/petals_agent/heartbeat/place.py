@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, NoReturn
 
 from petals_agent.errors import DaemonError, SwarmError
+from petals_agent.heartbeat.fleet import we_are_cancelled
 from petals_agent.heartbeat.post import Post
 from petals_agent.p2p import light
 from petals_agent.p2p.daemon import Daemon, DaemonOptions
@@ -83,9 +84,11 @@ class Place:
                 p2p = await P2P.replicate(Multiaddr(daemon.maddr))
                 if self._with_dht:
                     await self._join(p2p)
-        except Exception as error:  # hivemind raises what it likes
+        except (Exception, asyncio.CancelledError) as error:  # hivemind raises what it likes
             if p2p is not None:
                 await close(p2p)
+            if we_are_cancelled(error):
+                raise
             raise DaemonError(f"the swarm was not joined within {timeout:g} s: {error!r:.200}") from error
         return p2p
 

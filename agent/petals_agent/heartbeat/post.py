@@ -19,6 +19,7 @@ from petals_agent.heartbeat.messages import (
     Answer,
     Request,
     encode,
+    printable,
     read_answer,
     read_request,
 )
@@ -36,6 +37,9 @@ log = logging.getLogger("petals_agent.heartbeat")
 _HEADER = struct.Struct(">BQ")
 _REQUEST_S = 10.0  # for a question to arrive, once its stream is there
 _AT_ONCE = 16
+_STREAMS = 1024  # open ones of all; members need a few each
+_OF_ONE = 64  # and of one peer: it alone cannot shut out the others
+_CROWD = 256  # with so many open, strangers are turned away without a word, which would keep their streams for a while
 
 Answering = Callable[[str, Request], Awaitable[Answer]]
 
@@ -59,6 +63,7 @@ class Post:
         """`answering` what members ask; `admits` says by the peer id whose streams are taken at all."""
         self._answering, self._admits = answering, admits
         self._server = StreamServer({PROTOCOL: self._handle}, LIMIT, socket_dir)
+        self._server.max_streams = _STREAMS
         self._daemon: str | None = None
         self._attached = asyncio.Event()
         self.sent = Traffic()
@@ -114,10 +119,14 @@ class Post:
             words = p2pd_pb2.RPCError.FromString(answer).message
         except Exception:  # protobuf's, for what is no message of its
             words = "without words"
-        raise SwarmError(f"it refuses: {words or 'without words'!s:.300}")
+        raise SwarmError(f"it refuses: {printable(words) or 'without words':.300}")
 
     async def _handle(self, stream: Stream) -> None:
-        if not self._admits(stream.remote_id):
+        admitted = self._admits(stream.remote_id)
+        of_it = sum(one.remote_id == stream.remote_id for one in self._server.streams)
+        if of_it > _OF_ONE or (not admitted and len(self._server.streams) > _CROWD):
+            return stream.abort()
+        if not admitted:
             raise Refused("you are not among the members of this fleet")
         try:
             async with asyncio.timeout(_REQUEST_S):

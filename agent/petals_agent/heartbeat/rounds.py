@@ -50,7 +50,6 @@ class Rounds:
         self.standing = Standing()
         self.missing: list[str] = []  # in the last round, if it failed
         self.why = ""  # it failed
-        self.succeeded = 0.0  # monotonic time of the last success; 0 before the first
         self.accused = False  # somebody else raised the alarm
         self._busy = False  # a round is in progress; else the next one is waited for
         self._due = now()  # when it starts, by our own clock
@@ -123,7 +122,6 @@ class Rounds:
     def _succeed(self, began: float) -> None:
         before = self.standing
         self._go_on(before.succeeded())
-        self.succeeded = now()
         self.missing = []
         self._on_success()
         if before.failures:

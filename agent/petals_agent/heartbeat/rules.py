@@ -22,6 +22,9 @@ class Timing:
     period: float  # from the end of a round to the start of the next
     timeout: float  # of a round
     hold: float  # until a question is answered with what is known by then
+    visit: float = (
+        _HOLD_S  # the same at the start: long beside the way to and fro, for all must be there at one moment
+    )
     settle: float = 30.0  # without a newcomer, before a group of unknown size begins
     patience: float = 5.0  # for a question that can be answered at once, and between tries
 

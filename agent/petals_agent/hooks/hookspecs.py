@@ -30,7 +30,8 @@ hookspec = HookspecMarker(PROJECT)
 def on_unhealthy(verdict: Verdict, proposed: Recovery) -> Recovery | None:
     """Choose what is done about an illness.
 
-    When: the verdict is unhealthy and a recovery is due, before each step of the ladder.
+    When: the verdict is unhealthy and a recovery is due, before each step of the ladder. When only the fleet's heartbeat has failed
+        `proposed` is Recovery.NOTHING, once in 30 s.
     Where: the plugin host; `def` in a thread, `async def` on the plugin's own loop.
     Returns: another Recovery that is done instead; Recovery.NOTHING waits; None leaves it to the next plugin. When nobody
         answers, or somebody fails, `proposed` is done.

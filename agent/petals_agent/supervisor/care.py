@@ -36,6 +36,7 @@ from petals_agent.supervisor.telling import Telling
 _TICK_S = 0.25
 _PING_S = 1.0
 _REPAIR_TIMEOUT_S = 60.0
+_CONSULT_S = 30.0  # between questions to plugins about an illness that no step of ours cures
 _ABORT_S = 10.0  # systemd's SIGABRT comes at once
 
 
@@ -72,6 +73,7 @@ class Care:
         self._budget = budget
         self._ladder = Ladder(budget, random.Random())
         self._repair: asyncio.Task[None] | None = None
+        self._consult_at = 0.0
         self._plugins, self._telling = plugins, telling
         self._illness: Illness | None = None
         self._pinged = 0.0
@@ -117,7 +119,7 @@ class Care:
         while True:
             now = time.monotonic()
             self._judge()
-            if self.verdict.health is Health.UNHEALTHY:
+            if self.verdict.cure is not None:
                 self._serving.doubt(self.verdict.text)
             elif self._serving.doubted:
                 self._serving.attach_again()
@@ -125,10 +127,18 @@ class Care:
                 serving = self._life.state in SETTLED
                 can_move = self._serving.can_move
                 step = self._ladder.next(self.verdict, now, serving, can_move=can_move)
-                if step is not None:
+                if step is not None or self._is_consultation_due(now):
                     self._repair = group.create_task(self._treat(step), name="repair")
             self._speak_to_systemd(now)
             await asyncio.sleep(_TICK_S)
+
+    def _is_consultation_due(self, now: float) -> bool:
+        if self.verdict.health is not Health.UNHEALTHY or self.verdict.cure is not None:
+            self._consult_at = 0.0
+        elif now >= self._consult_at:
+            self._consult_at = now + _CONSULT_S
+            return True
+        return False
 
     def _judge(self) -> None:
         verdict = judge(self.probing.findings.values())
@@ -158,19 +168,22 @@ class Care:
 
     # --- repairs
 
-    async def _treat(self, step: Step) -> None:
-        """Take `step`, or what a plugin chooses instead."""
+    async def _treat(self, step: Step | None) -> None:
+        """Take `step` (None: nothing), or what a plugin chooses instead."""
         chosen = await self._asked(step)
         if chosen is Step.GIVE_UP:
             await self._give_up()
         if chosen is None:
-            self._ladder.waited(time.monotonic())
+            if step is not None:
+                self._ladder.waited(time.monotonic())
         else:
+            if step is None:
+                self._budget.spend(time.monotonic())  # else the ladder did
             if self._illness is not None:
                 self._illness.steps.append(chosen)
             await self._carry_out(chosen)
 
-    async def _asked(self, step: Step) -> Step | None:
+    async def _asked(self, step: Step | None) -> Step | None:
         outcome = await self._plugins.call(
             "on_unhealthy", verdict=shown_verdict(self.verdict), proposed=recovery_of(step)
         )
@@ -178,7 +191,8 @@ class Care:
         if chosen is None or outcome.failures or chosen is recovery_of(step):
             return step
         if chosen is Recovery.CHOOSE_OTHERS and not self._serving.can_move:
-            text = f"plugin {outcome.by} wants other blocks, which serve.blocks fixes: {step.words}"
+            instead = step.words if step is not None else "nothing is done"
+            text = f"plugin {outcome.by} wants other blocks, which serve.blocks fixes: {instead}"
             self._life.warn("recovery", text, reason=text)
             return step
         text = f"plugin {outcome.by} chose {chosen.value} instead of {recovery_of(step).value}"
@@ -241,7 +255,7 @@ class Care:
         if now - self._pinged < _PING_S or self._giving_up:
             return
         self._pinged = now
-        withheld = self.verdict.health is Health.UNHEALTHY and not self._config.repair
+        withheld = self.verdict.cure is not None and not self._config.repair
         if withheld and not self._withheld:
             why = f"the watchdog's ping is withheld, since health.repair is off: {self.verdict.text}"
             life.warn("ping_withheld", why, reason=self.verdict.text)

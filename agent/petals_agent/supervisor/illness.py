@@ -26,9 +26,9 @@ class Illness:
         )
 
 
-def recovery_of(step: Step) -> values.Recovery:
-    """The same step by the name that plugins know."""
-    return values.Recovery[step.name]
+def recovery_of(step: Step | None) -> values.Recovery:
+    """The same step by the name that plugins know; None is NOTHING."""
+    return values.Recovery[step.name] if step is not None else values.Recovery.NOTHING
 
 
 def shown_verdict(verdict: Verdict) -> values.Verdict:

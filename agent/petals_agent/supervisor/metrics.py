@@ -40,7 +40,7 @@ class _Snapshot(Collector):
         self._agent = agent
 
     def collect(self) -> Iterator[Metric]:
-        for part in (_agent, _span, _work, _network, _health, _plugins):
+        for part in (_agent, _span, _work, _network, _health, _heartbeat, _plugins):
             yield from part(self._agent)
 
 
@@ -126,6 +126,24 @@ def _health(agent: Agent) -> Iterator[Metric]:
     yield _gauge(
         "probe_ok", "1 if the probe is content; without it where it does not apply.", findings, "probe"
     )
+
+
+def _heartbeat(agent: Agent) -> Iterator[Metric]:
+    found = agent.heartbeat.to_dict()
+    if found is None:
+        return
+    states = {one: float(one == found["state"]) for one in ("gathering", "running")}
+    yield _gauge("heartbeat_state", "1 for what our fleet's heartbeat is doing.", states, "state")
+    failed = float(found["failure"] is not None)
+    yield _gauge("heartbeat_failed", "1 from a fatal failure to the next good round.", failed)
+    yield _gauge("heartbeat_failures_in_a_row", "Rounds that failed since a good one.", found["failures"])
+    if found["round"] is not None:
+        yield _gauge("heartbeat_members", "Members that began together.", len(found["members"]))
+        yield _gauge("heartbeat_missing_members", "Without whom the last round ended.", len(found["missing"]))
+        yield _gauge("heartbeat_round", "The round in progress or next.", found["round"])
+    if found["success_ago"] is not None:
+        at = time.time() - found["success_ago"]
+        yield _gauge("heartbeat_last_success_time_seconds", "When a round was good last.", at)
 
 
 def _plugins(agent: Agent) -> Iterator[Metric]:
