@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
+import time
 from pathlib import Path
+
+import pytest
 
 from harness.peer import Peer
 from harness.processes import Processes, wait_until
 from harness.swarm import PETALS_AGENT
+from petals_agent.cli import swarm_command
+from petals_agent.monitor.collector import Collector
 
+from . import synthetic
 from .swarms import peer
 
 
@@ -48,6 +55,33 @@ def test_watch_in_a_pipe_is_a_line_for_each_state(processes: Processes, bootstra
         watching._popen.send_signal(signal.SIGINT)
         assert watching.wait(15) == 130, watching.output()
         assert "Traceback" not in watching.err.read_text()
+
+
+async def test_what_is_watched_grows_older(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(swarm_command, "_WATCH_PERIOD_S", 0.5)
+    collector = Collector([f"/ip4/127.0.0.1/tcp/9/p2p/{peer(1)}"], tmp_path)
+    collector.state = synthetic.small(now=time.time())
+    shown = ""
+    watching = asyncio.create_task(swarm_command._print_states(collector, json_=False, watch=True))
+    async with asyncio.timeout(20):
+        while "Read 2 s ago" not in shown:
+            await asyncio.sleep(0.1)
+            shown += capsys.readouterr().out
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    assert "Read 0 s ago" in shown
+
+
+def test_a_configuration_s_prefixes_are_read_in_another_swarm_too(
+    processes: Processes, bootstrap: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "petals-agent.toml"
+    config.write_text('[monitor]\nprefixes = ["_mine"]\n')
+    command = [*PETALS_AGENT, "swarm", "--initial-peers", bootstrap, "--config", config, "--json"]
+    done = processes.run("swarm", command, timeout=60)
+    assert [model["dht_prefix"] for model in json.loads(done.out.read_text())["models"]] == ["_mine"]
 
 
 def test_nobody_there(processes: Processes) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,7 +40,11 @@ def swarm(
     json_: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every ten seconds until Ctrl-C.")] = False,
 ) -> None:
-    """Show who serves which blocks of which models: # online, J joining, ? unreachable, _ offline."""
+    """Show who serves which blocks of which models: # online, J joining, ? unreachable, _ offline.
+
+    Exit status: 0 when the swarm was read, whatever it looks like (--json tells each model's "state"); 69 when it could
+    not be joined; 78 for a wrong option or configuration; 130 after Ctrl-C.
+    """
     from petals_agent.cli.settings import addresses, configured
     from petals_agent.config.multiaddr import Purpose
     from petals_agent.log import setup
@@ -48,9 +53,9 @@ def swarm(
     setup("error", "auto", "swarm")
     peers = addresses("--initial-peers", initial_peers, Purpose.DIAL)
     prefixes = list(prefix or ())
-    if not peers:
+    if config is not None or not peers:
         settings = configured(config, None, require_model=False)
-        peers = _members(settings)
+        peers = peers or _members(settings)
         prefixes += _prefixes(settings)
     for one in prefixes:
         try:
@@ -95,8 +100,12 @@ async def _print_states(collector: Collector, json_: bool, watch: bool) -> None:
         shown = collector.state
         _print(shown, json_, watch)
         while watch:
-            if (state := await anext(states)) is not shown:  # the first one waits there too
-                _print(state, json_, watch)
+            before = shown  # the first one waits there too
+            with suppress(TimeoutError):  # what is shown grows older
+                async with asyncio.timeout(None if json_ else _WATCH_PERIOD_S):
+                    while (shown := await anext(states)) is before:
+                        pass
+            _print(shown, json_, watch)
 
 
 async def _first_reading(collector: Collector) -> None:
