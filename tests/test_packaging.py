@@ -18,6 +18,7 @@ import pytest
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from petals_agent.cli import monitor_main
 from petals_agent.config import Config
 from petals_agent.config.load import config_from
 from petals_agent.config.schema import LogConfig, MonitorConfig
@@ -156,21 +157,36 @@ def test_units_name_commands_that_exist() -> None:
     assert called == {"run", "reload", "post-stop", "bootstrap"}
     start = re.search(r"(?m)^ExecStart=/usr/bin/(\S+) (.+)", (ROOT / MONITOR_UNIT).read_text())
     assert start is not None and start[1] in project()["scripts"]
+    assert start[2].split()[-1] == str(monitor_main.CONFIG_FILE)
     lines = [["petals_agent.cli.main", command, "--help"] for command in called]
     lines.append(["petals_agent.cli.monitor_main", *start[2].split(), "--help"])
     for line in lines:
         subprocess.run([sys.executable, "-m", *line], check=True, capture_output=True, timeout=60)
 
 
+def test_command_of_the_monitor(tmp_path: Path) -> None:
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        command = [sys.executable, "-m", "petals_agent.cli.monitor_main", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+        return done.returncode, done.stdout + done.stderr
+
+    assert run("--version") == (0, f"petals-agent-monitor {project()['version']}\n")
+    status, said = run("--listen", "127.0.0.1:0", "swarm")
+    assert status == 2 and "the options of swarm come after it" in said
+    (tmp_path / "wrong.toml").write_text("[monitor]\nlisten = 8099\n")
+    for command in (["--config", tmp_path / "wrong.toml"], ["swarm", "--config", tmp_path / "wrong.toml"]):
+        status, said = run(*command)
+        assert status == 78 and said.startswith("petals-agent-monitor: ") and "monitor.listen" in said
+
+
 def test_manual_has_every_command_and_key(tmp_path: Path) -> None:
     import typer.main
 
     from petals_agent.cli.main import app
-    from petals_agent.cli.monitor_main import app as monitor_app
 
     pages = script("man_pages")
     command = pages.command_page(typer.main.get_command(app), "1.0")
-    monitor = pages.monitor_page(typer.main.get_command(monitor_app), "1.0")
+    monitor = pages.monitor_page(typer.main.get_command(monitor_main.app), "1.0")
     for words in (r"\-\-listen", r"\-\-version", r".SS \fBpetals\-agent\-monitor swarm\fP", r"\-\-watch"):
         assert words in monitor
     for name in ("run", "status", r"config show", "generate", "bootstrap", r"post\-stop"):
