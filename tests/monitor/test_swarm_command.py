@@ -57,6 +57,16 @@ def test_watch_in_a_pipe_is_a_line_for_each_state(processes: Processes, bootstra
         assert "Traceback" not in watching.err.read_text()
 
 
+def test_sigterm_leaves_nothing(processes: Processes, bootstrap: str, tmp_path: Path) -> None:
+    command = [*PETALS_AGENT, "swarm", "--initial-peers", bootstrap, "--json", "--watch"]
+    watching = processes.start("watch", command, env={"TMPDIR": str(tmp_path)})
+    wait_until(watching.events, 60, "a state")
+    assert list(tmp_path.glob("petals-swarm-*"))
+    watching._popen.terminate()
+    assert watching.wait(15) == 143, watching.output()
+    assert not list(tmp_path.glob("petals-swarm-*")) and not watching.err.read_text()
+
+
 async def test_what_is_watched_grows_older(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import tempfile
 import time
@@ -62,7 +63,10 @@ def swarm(
             check_prefix(one)
         except ValueError as error:
             raise ConfigError(f"--prefix {one!r}: {error}") from None
-    asyncio.run(_show(peers, prefixes, json_, watch))
+    try:
+        asyncio.run(_show(peers, prefixes, json_, watch))
+    except asyncio.CancelledError:  # SIGTERM
+        raise typer.Exit(128 + signal.SIGTERM) from None
 
 
 def _members(settings: Config) -> list[str]:
@@ -86,6 +90,9 @@ async def _show(peers: list[str], prefixes: list[str], json_: bool, watch: bool)
     from petals_agent.monitor.collector import Collector
     from petals_agent.supervisor.tasks import first
 
+    showing = asyncio.current_task()
+    assert showing is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, showing.cancel)
     with tempfile.TemporaryDirectory(prefix="petals-swarm-") as folder:
         collector = Collector(peers, Path(folder), prefixes=prefixes, period=_WATCH_PERIOD_S)
         try:
