@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -50,12 +51,14 @@ class Servers:
         self._clients.append(await P2P.replicate(Multiaddr(daemon.maddr)))
         return self._clients[0]
 
-    async def serve(self, *, starting: bool = False) -> Daemon:
-        """One more server, that the caller knows; `starting`: its p2pd is there before its handlers."""
+    async def serve(self, *, starting: bool = False, hangs: bool = False) -> Daemon:
+        """One more server, that the caller knows; `starting`: its p2pd is there before its handlers; `hangs`: never answers."""
 
         async def info(body: bytes, remote: str) -> bytes:
             assert runtime_pb2.ExpertUID.FromString(body).uid == ""
             self.asked += 1
+            if hangs:
+                await asyncio.Event().wait()
             return runtime_pb2.ExpertInfo(serialized_info=b"\x80").SerializeToString()
 
         options = DaemonOptions(
@@ -153,6 +156,15 @@ async def test_a_server_that_is_starting_counts_as_reached(tmp_path: Path) -> No
         p2p = await made.caller()
         starting = await made.serve(starting=True)
         assert await Dialler().dial(p2p, [starting.peer_id], 20.0) == ({}, 0)
+
+
+async def test_a_server_that_hangs_is_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialling, "CALL_S", 0.5)
+    async with servers(tmp_path) as made:
+        p2p = await made.caller()
+        hanging, server = await made.serve(hangs=True), await made.serve()
+        failed, late = await Dialler().dial(p2p, [hanging.peer_id, server.peer_id], 20.0)
+        assert failed == {hanging.peer_id: "it did not answer within 0.5 s"} and not late and made.asked == 2
 
 
 async def test_strangers_are_told_apart_and_no_time_is_lost(tmp_path: Path) -> None:
