@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -64,8 +64,11 @@ class Given:
 class Served:
     """`with served(state) as served:`; everything runs in a thread with a loop of its own."""
 
-    def __init__(self, given: Given, live: Live | None, limits: Limits | None) -> None:
+    def __init__(
+        self, given: Given, live: Live | None, limits: Limits | None, patience: Mapping[str, float]
+    ) -> None:
         self.given = given
+        self._patience = patience
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -81,9 +84,12 @@ class Served:
         self._tasks = [
             asyncio.ensure_future(self._server.serve([self._listener])),
             asyncio.ensure_future(site.run()),
-            asyncio.ensure_future(Patience(self._server.server_state.connections).run()),  # type: ignore[arg-type]
+            asyncio.ensure_future(self._impatient().run()),
         ]
         return site
+
+    def _impatient(self) -> Patience:
+        return Patience(self._server.server_state.connections, **self._patience)  # type: ignore[arg-type]
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """The result of `coroutine` in the site's loop."""
@@ -121,9 +127,10 @@ def served(
     history: History | None = None,
     live: Live | None = None,
     limits: Limits | None = None,
+    **patience: float,
 ) -> Iterator[Served]:
-    """The monitor's pages and API with `state`, until the block ends."""
-    one = Served(Given(state, history), live, limits)
+    """The monitor's pages and API with `state`, until the block ends; `patience`: other times than the usual ones."""
+    one = Served(Given(state, history), live, limits, patience)
     try:
         yield one
     finally:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from monitor import synthetic
 from monitor.browser import PHONE, Tab, tab
-from monitor.source import Served
+from monitor.screenshots import past
+from monitor.source import Past, Served, served
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -44,6 +47,16 @@ def test_contrast(browser: Browser, site: Served, scheme: str) -> None:
         one.page.wait_for_selector("html.live")
         one.page.locator("a.peer").first.click()
         one.page.wait_for_selector("tr.opened dl")
+        assert one.page.evaluate(CONTRAST) == []
+        server = one.page.locator("a.peer").first.get_attribute("href") or ""
+        for path in (server, "./models/none"):
+            one.page.goto(f"{site.url}/{path}")
+            assert one.page.evaluate(CONTRAST) == []
+        site.given.is_fresh = False
+        site.give(site.given.state.model_copy(update={"problem": "2 keys did not answer"}))
+        one.page.goto(site.url)
+        one.page.wait_for_selector("#stale ~ #problem")
+        one.page.wait_for_selector("html.late")
         assert one.page.evaluate(CONTRAST) == []
 
 
@@ -85,12 +98,24 @@ def test_everything_is_reached_by_keyboard(here: Tab) -> None:
     assert {"INPUT q", "SELECT state", "A peer", "A Tokens/s"} <= seen
 
 
-@pytest.mark.parametrize("width", [320, 390])
-def test_a_phone_needs_no_scrolling_sideways(browser: Browser, site: Served, width: int) -> None:
-    with tab(browser, {**PHONE, "width": width}, has_touch=True) as one:
+@pytest.mark.parametrize("width", [320, 390, 640])
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_a_phone_needs_no_scrolling_sideways(browser: Browser, width: int, size: str) -> None:
+    """Nor a desktop at 200 or 400 %."""
+    now = time.time()
+    state = synthetic.small(now) if size == "small" else synthetic.big(models=2, now=now)
+    with (
+        served(state, Past(past(now))) as site,
+        tab(browser, {**PHONE, "width": width}, has_touch=True) as one,
+    ):
         one.page.goto(site.url)
         one.page.wait_for_selector("html.live")
         assert one.page.evaluate("document.documentElement.scrollWidth") <= width
         assert one.page.evaluate(
             "[...document.querySelectorAll('.scroll')].every((e) => e.scrollWidth <= e.clientWidth + 1)"
         )
+        beyond = one.page.evaluate(
+            """() => [...document.querySelectorAll('.model *')].filter((e) => e.checkVisibility() && !e.closest('svg, .unseen, .pill, .scroll')
+              && e.getBoundingClientRect().right > e.closest('.model').getBoundingClientRect().right - 13).map((e) => e.outerHTML.slice(0, 80))"""
+        )
+        assert beyond == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class View:
     past: Mapping[str, Sequence[Point]]
     stale: bool
     now: float
+    drawn: dict[tuple[str, int], Charts | None] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -85,7 +86,11 @@ def plots(view: View, model: Model, lengths: Sequence[tuple[str, str, int]]) -> 
     known = (view.now - points[0].at) / 3600.0 if points else 0.0
     shorter = 0
     for title, half, hours in lengths:
-        drawn = charts.draw(points, model.num_blocks, view.now - hours * 3600.0, view.now)
+        name = model.dht_prefix, hours
+        if name not in view.drawn:  # many pages show the same
+            since = view.now - hours * 3600.0
+            view.drawn[name] = charts.draw(points, model.num_blocks, since, view.now)
+        drawn = view.drawn[name]
         if drawn is not None and known > 2 * shorter:
             found.append(Plots(title, half, hours, drawn))
         shorter = hours

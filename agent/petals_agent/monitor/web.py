@@ -74,7 +74,7 @@ class Limits:
 
     def __init__(self) -> None:
         self.checks = Allowance(rate=1.0, burst=60, all_rate=10.0, all_burst=120)
-        self.pages = Allowance(rate=10.0, burst=60, all_rate=60.0, all_burst=240)
+        self.pages = Allowance(rate=10.0, burst=60, all_rate=30.0, all_burst=240)  # 10 ms each
 
 
 def create_app(site: Site, proxies: Proxies | None = None, limits: Limits | None = None) -> ASGIApp:
