@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -66,6 +68,35 @@ def test_checks_are_limited_by_caller(dials: Served) -> None:
     refused = httpx.get(address, headers=first)
     assert int(refused.headers["retry-after"]) > 1 and "ask again" in refused.json()["message"]
     assert httpx.get(address, headers={"X-Forwarded-For": "203.0.113.6"}).status_code == 200
+
+
+def test_nobody_keeps_all_checks_busy(dials: Served) -> None:
+    """Peers that never answer take their whole time; who asks for many of them leaves some for others."""
+    address = f"{dials.url}/api/v1/is_reachable/{PEER}"
+
+    async def never(peer_id: str) -> tuple[bool, str]:
+        dials.given.dialled.append(peer_id)
+        await asyncio.to_thread(released.wait, 20)
+        return False, "too late"
+
+    async def ask_many() -> None:
+        busy, other = {"X-Forwarded-For": "2001:db8::1"}, {"X-Forwarded-For": "203.0.113.6"}
+        async with httpx.AsyncClient() as ask:
+            hanging = [asyncio.create_task(ask.get(address, headers=busy)) for _ in range(4)]
+            await asyncio.to_thread(
+                wait_until, lambda: len(dials.given.dialled) == 4, 10, "the checks to run"
+            )
+            refused = await ask.get(address, headers={"X-Forwarded-For": "2001:db8::2"})
+            assert refused.status_code == 429 and "4 checks" in refused.json()["message"]
+            dials.given.check = usual  # type: ignore[method-assign]
+            assert (await ask.get(address, headers=other)).status_code == 200
+            released.set()
+            assert [one.status_code for one in await asyncio.gather(*hanging)] == [200] * 4
+            assert (await ask.get(address, headers=busy)).status_code == 200, "places become free"
+
+    released = threading.Event()
+    usual, dials.given.check = dials.given.check, never  # type: ignore[method-assign]
+    asyncio.run(ask_many())
 
 
 @pytest.mark.parametrize(

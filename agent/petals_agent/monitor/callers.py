@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+
+from petals_agent.errors import LimitExceeded
 
 Address = IPv4Address | IPv6Address
 _MAX_HOPS = 20
@@ -68,6 +71,28 @@ class Allowance:
             bucket.take()
             self._all.take()
         return wait
+
+
+class Places:
+    """How much each caller may have under way at once: `with places.taken(caller)`."""
+
+    def __init__(self, each: int, what: str) -> None:
+        self._each, self._what = each, what
+        self._taken = Counter[str]()
+
+    @contextmanager
+    def taken(self, caller: str) -> Iterator[None]:
+        """Raises LimitExceeded when the caller has all that it may have."""
+        name = _group(caller)
+        if self._taken[name] >= self._each:
+            raise LimitExceeded(f"{self._each} {self._what} run for you already; ask again in some seconds")
+        self._taken[name] += 1
+        try:
+            yield
+        finally:
+            self._taken[name] -= 1
+            if not self._taken[name]:
+                del self._taken[name]
 
 
 class _Bucket:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from petals_agent import __version__
 from petals_agent.errors import LimitExceeded, SwarmError
 from petals_agent.monitor import pages, tables
-from petals_agent.monitor.callers import Allowance, Proxies
+from petals_agent.monitor.callers import Allowance, Places, Proxies
 from petals_agent.monitor.classic import StateDocument
 from petals_agent.monitor.documents import HTML, JSON, Document, takes_gzip
 from petals_agent.monitor.middleware import Guard
@@ -70,10 +70,11 @@ class Past(BaseModel):
 
 
 class Limits:
-    """What callers may ask for; each is a bucket per caller and one for all."""
+    """What callers may ask for: buckets, one per caller and one for all, and checks at once."""
 
     def __init__(self) -> None:
         self.checks = Allowance(rate=1.0, burst=60, all_rate=10.0, all_burst=120)
+        self.running = Places(4, "checks")  # half of what runs for all
         self.pages = Allowance(rate=10.0, burst=60, all_rate=30.0, all_burst=240)  # 10 ms each
 
 
@@ -163,7 +164,8 @@ class _Routes:
         if wait:
             return answer(False, f"too many checks; ask again in {wait:.0f} s", 429, wait)
         try:
-            ok, message = await self._site.source.check(peer_id)
+            with self._limits.running.taken(caller):
+                ok, message = await self._site.source.check(peer_id)
         except ValueError as error:
             return answer(False, str(error), 400)
         except LimitExceeded as error:
