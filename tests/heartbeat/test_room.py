@@ -48,8 +48,9 @@ def test_all_have_one_token_and_no_round_fails(count: int) -> None:
     play(count, scene)
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 16, 100])
-@pytest.mark.parametrize("which", [0, 1, -1])
+@pytest.mark.parametrize(
+    ("count", "which"), [(100, 0), *((count, which) for count in (2, 3, 5, 16) for which in (0, 1, -1))]
+)
 def test_a_dead_member_is_noticed_by_all_in_time(count: int, which: int) -> None:
     async def scene(room: Room) -> None:
         victim = room.names[which]
@@ -167,7 +168,7 @@ def test_a_witness_that_no_other_witness_can_reach(count: int) -> None:
     play(count, scene)
 
 
-@pytest.mark.parametrize("count", [2, 3, 8, 16, 50, 100])
+@pytest.mark.parametrize("count", [2, 3, 8, 16, 100])
 def test_traffic_grows_with_members_times_their_logarithm(count: int) -> None:
     async def scene(room: Room) -> None:
         await asyncio.sleep(room.timing.period / 2)

@@ -14,12 +14,12 @@ from petals_agent.heartbeat.rules import Timing
 from .room import SLACK_S, Room, failed
 
 
-def test_members_may_start_hours_apart() -> None:
+def test_members_may_start_long_after_each_other() -> None:
     async def main() -> None:
         room = Room(4)
         for name in reversed(room.names):
             room.start(name)
-            await asyncio.sleep(3600)
+            await asyncio.sleep(1200)
         await room.begun()
         assert not failed(room)
         await room.close()
