@@ -25,6 +25,7 @@ from harness.systemd import Systemd
 from monitor import synthetic
 from monitor.browser import chromium, tab, why_not
 from monitor.swarms import peer
+from petals_agent.monitor.service import listen
 
 COMMAND = [sys.executable, "-m", "petals_agent.cli.main", "monitor"]
 UPDATE_PERIOD_S = 4
@@ -103,6 +104,15 @@ def test_the_watchdog_starves_when_the_swarm_is_not_read(
     assert answer.status_code == 503 and answer.json()["success"] is False
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(20) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this host has no IPv6")
+def test_an_ipv6_address_may_serve_ipv4_too() -> None:
+    with listen("[::]:0") as listener:
+        port = listener.getsockname()[1]
+        for host in ("127.0.0.1", "::1"):
+            with socket.create_connection((host, port), timeout=5):
+                assert listener.accept()[0].close() is None
 
 
 def test_a_port_that_is_taken(processes: Processes, tmp_path: Path) -> None:

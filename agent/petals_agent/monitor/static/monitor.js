@@ -335,17 +335,19 @@ function tick() {
 }
 
 let events = null;
+let refusals = 0; // in a row
 
 function listen() {
   events = new EventSource(`${body.dataset.base}events`);
   events.addEventListener("open", () => {
     connected = true;
+    refusals = 0;
     tick();
   });
   events.addEventListener("error", () => {
     connected = false;
     tick();
-    if (events.readyState === EventSource.CLOSED) setTimeout(listen, 3000 + Math.random() * 4000); // refused, not lost
+    if (events.readyState === EventSource.CLOSED) setTimeout(listen, Math.min(60000, 2000 * 2 ** refusals++) * (1 + Math.random() / 2)); // refused, not lost
   });
   events.addEventListener("state", (event) => {
     const news = JSON.parse(event.data);
