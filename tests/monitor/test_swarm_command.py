@@ -14,7 +14,8 @@ from harness.peer import Peer
 from harness.processes import Processes, wait_until
 from harness.swarm import PETALS_AGENT
 from petals_agent.cli import swarm_command
-from petals_agent.monitor.collector import Collector
+from petals_agent.errors import SwarmError
+from petals_agent.monitor.collector import JOINING, Collector
 
 from . import synthetic
 from .swarms import peer
@@ -82,6 +83,20 @@ async def test_what_is_watched_grows_older(
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
     assert "Read 0 s ago" in shown
+
+
+@pytest.mark.parametrize(("problem", "is_waited_for"), [(JOINING, True), ("nobody answers", False)])
+async def test_who_is_slow_to_join_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str, is_waited_for: bool
+) -> None:
+    monkeypatch.setattr(swarm_command, "_NOT_JOINED_S", 0.0)
+    monkeypatch.setattr(swarm_command, "_PATIENCE_S", 2.0)
+    collector = Collector([f"/ip4/127.0.0.1/tcp/9/p2p/{peer(1)}"], tmp_path)
+    collector.state = collector.state.model_copy(update={"problem": problem})
+    began = time.monotonic()
+    with pytest.raises(SwarmError, match=problem):
+        await swarm_command._first_reading(collector)
+    assert (time.monotonic() - began >= 2.0) == is_waited_for
 
 
 def test_a_configuration_s_prefixes_are_read_in_another_swarm_too(

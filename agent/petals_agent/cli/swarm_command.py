@@ -116,12 +116,13 @@ async def _print_states(collector: Collector, json_: bool, watch: bool) -> None:
 
 
 async def _first_reading(collector: Collector) -> None:
-    from petals_agent.monitor.collector import NOT_READ
+    from petals_agent.monitor.collector import JOINING, NOT_READ
 
     began = time.monotonic()
     while not collector.state.taken_at:
         waited = time.monotonic() - began
-        if waited > (_PATIENCE_S if collector.state.problem == NOT_READ else _NOT_JOINED_S):
+        is_on_the_way = collector.state.problem in (NOT_READ, JOINING)
+        if waited > (_PATIENCE_S if is_on_the_way else _NOT_JOINED_S):
             raise SwarmError(collector.state.problem)
         await asyncio.sleep(0.1)
 

@@ -32,6 +32,7 @@ from petals_agent.supervisor.tasks import first  # noqa: E402
 log = logging.getLogger("petals_agent.monitor")
 
 NOT_READ = "not read yet"
+JOINING = "still joining the swarm"
 READ_S = 120.0  # for one refresh, beyond the sum of what its parts may take
 RETRY_S = 5.0  # after a refresh that failed
 _ANSWER_S = 5.0
@@ -157,7 +158,7 @@ class Collector:
             async with asyncio.timeout(_ANSWER_S):
                 return await self._network.connected()
         except TimeoutError:
-            raise SwarmError(self._network.problem or "still joining the swarm") from None
+            raise SwarmError(self._network.problem or JOINING) from None
 
     async def _check_footing(self, connection: Connection) -> None:
         """Raise SwarmError if what is read may be our own failure: p2pd is gone or hangs, or nobody answers us.
