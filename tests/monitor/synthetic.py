@@ -65,10 +65,10 @@ def server(
         relayed=rng.random() < 0.15,
         cache_tokens_left=rng.randrange(0, 65536),
         pings={peer: rng.choice((None, 0.003, 0.045, 0.21)) for peer in peers[:5]},
-        pings_to_me={peer: rng.uniform(0.002, 0.3) for peer in peers[2:7]},
-        expires=now + rng.uniform(10, 240),
-        first_seen=now - rng.uniform(600, 40 * 86400),
-        uptime=min(1.0, rng.uniform(0.8, 1.1)),
+        pings_to_me={peer: round(rng.uniform(0.002, 0.3), 5) for peer in peers[2:7]},
+        expires=round(now + rng.uniform(10, 240), 1),
+        first_seen=round(now - rng.uniform(600, 40 * 86400), 1),
+        uptime=round(min(1.0, rng.uniform(0.8, 1.1)), 4),
     )
 
 

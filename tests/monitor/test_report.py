@@ -155,6 +155,19 @@ def test_fields() -> None:
     assert two.version is not None and len(two.version) == 40
 
 
+def test_figures_have_as_many_digits_as_mean_something() -> None:
+    found = model(
+        2,
+        records(1, 0, 2, rps=20263.73478449467, inference_rps=0.00412345678, expires=NOW + 9.87654),
+        records(2, 0, 2, rps=1e-7, next_pings={peer(1): 0.04512345678}),
+        presence={peer(1): Presence(5.123456, 0.99999999)},
+    )
+    one, two = sorted(found.servers, key=lambda server: server.peer_id != peer(1))
+    assert (one.throughput, one.inference_rps, two.throughput) == (20264.0, 0.0041235, 1e-7)
+    assert (one.expires, one.first_seen, one.uptime) == (NOW + 9.9, 5.1, 0.9999), "no rounding up to always"
+    assert two.pings == {peer(1): 0.045123} and one.pings_to_me == {peer(2): 0.045123}
+
+
 def test_an_absurd_rate_spoils_no_sum() -> None:
     found = model(2, *(records(seed, 0, 2, rps=1.7e308) for seed in range(3)))
     assert found.throughput == (3 * MAX_RATE,) * 2

@@ -158,7 +158,7 @@ def _server(
         reason=_cut(failure or "", 200) if state == "unreachable" else "",
         start=span.start,
         end=span.end,
-        throughput=min(info.throughput, MAX_RATE),
+        throughput=_brief(min(info.throughput, MAX_RATE)),
         network_rps=_rate(info.network_rps),
         forward_rps=_rate(info.forward_rps),
         inference_rps=_rate(info.inference_rps),
@@ -172,9 +172,9 @@ def _server(
         cache_tokens_left=None if tokens is None or not span.length else tokens // (2 * span.length),
         pings=_finite(info.next_pings or {}, to_me),
         pings_to_me=to_me[span.peer_id],
-        expires=expires,
-        first_seen=presence.first_seen if presence else None,
-        uptime=presence.uptime if presence else None,
+        expires=round(expires, 1),
+        first_seen=round(presence.first_seen, 1) if presence else None,
+        uptime=math.floor(presence.uptime * 1e4) / 1e4 if presence and presence.uptime is not None else None,
     )
 
 
@@ -198,7 +198,7 @@ def _pings_to(spans: Sequence[Span]) -> dict[str, dict[str, float | None]]:
 
 def _finite(pings: Mapping[str, float], shown: Mapping[str, object]) -> dict[str, float | None]:
     known = [(peer, rtt) for peer, rtt in pings.items() if peer in shown][:MAX_PINGS]
-    return {peer: rtt if math.isfinite(rtt) else None for peer, rtt in known}
+    return {peer: _brief(rtt) if math.isfinite(rtt) else None for peer, rtt in known}
 
 
 def _departed(
@@ -306,4 +306,9 @@ def _cut_optional(text: str | None, limit: int) -> str | None:
 
 
 def _rate(rate: float | None) -> float | None:
-    return None if rate is None else min(rate, MAX_RATE)
+    return None if rate is None else _brief(min(rate, MAX_RATE))
+
+
+def _brief(value: float) -> float:
+    """Five digits are more than anybody measures, and make what is sent a third smaller."""
+    return float(f"{value:.5g}")
