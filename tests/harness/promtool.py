@@ -8,6 +8,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "petals-agent-tests"
 
 
@@ -22,6 +24,14 @@ def promtool() -> Path | None:
         except (OSError, subprocess.SubprocessError):
             return None
     return cached if cached.exists() else None
+
+
+def tool_or_skip() -> Path:
+    """Its path, or this test is skipped."""
+    tool = promtool()
+    if tool is None:
+        pytest.skip("no promtool here, and Debian's package cannot be fetched")
+    return tool
 
 
 def _fetch(target: Path) -> None:

@@ -22,11 +22,10 @@ from harness.open_session import OpenSession
 from harness.peer import Peer, chain
 from harness.plugins import write_plugins
 from harness.processes import Processes, wait_until
-from harness.promtool import promtool
+from harness.promtool import tool_or_skip
 from harness.swarm import start_bootstrap
 
 ROOT = Path(__file__).resolve().parents[2]
-RULES = ROOT / "packaging" / "prometheus"
 PREFIX = "petals_agent_"
 JUNK = {"plugin": "bad", "hook": "swarm_metrics", "kind": "junk"}
 PLUGINS = {
@@ -227,30 +226,6 @@ def test_promtool_finds_nothing_wrong(scene: Scene) -> None:
         [tool, "check", "metrics"], input=scene.text(), capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def tool_or_skip() -> Path:
-    tool = promtool()
-    if tool is None:
-        pytest.skip("no promtool here, and Debian's package cannot be fetched")
-    return tool
-
-
-def test_alert_rules() -> None:
-    tool = tool_or_skip()
-    for command in (
-        ["check", "rules", "petals-agent.rules.yml"],
-        ["test", "rules", "petals-agent.rules.test.yml"],
-    ):
-        done = subprocess.run([tool, *command], cwd=RULES, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0 and "SUCCESS" in done.stdout, done.stdout + done.stderr
-
-
-def test_alert_rules_speak_of_metrics_that_are_there() -> None:
-    rules = (RULES / "petals-agent.rules.yml").read_text()
-    used = set(re.findall(r"\bpetals_agent_\w+", " ".join(re.findall(r"expr: (.*(?:\n {10}.*)*)", rules))))
-    known = set(documented())
-    assert used and {re.sub(r"_(total|bucket|count|sum)$", "", name) for name in used} <= known
 
 
 def test_off_by_default_and_a_taken_port_is_waited_for(
