@@ -42,7 +42,7 @@ format: setup ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-deb: ## the Debian package, into dist/ (TORCH=cuda: with CUDA libraries)
+deb: ## the Debian packages, agent and monitor, into dist/ (TORCH=cuda: with CUDA libraries)
 	@packaging/build_deb.sh
 
 clean: ## remove the environments and all caches
