@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from harness.processes import Process, Processes, wait_until
 from harness.swarm import PETALS_AGENT
 from harness.waiting import until
 from petals_agent.errors import LimitExceeded, SwarmError
+from petals_agent.monitor import collector as collector_module
 from petals_agent.monitor.checking import MAX_CHECKS
 from petals_agent.monitor.collector import Collector
 from petals_agent.monitor.history import History
@@ -170,6 +172,23 @@ async def test_the_collectors_own_p2pd_dies_and_hangs(bootstrap: str, collecting
             killed = time.time()
             await until(lambda: collector.state.taken_at > killed + 1, 60, f"a reading after {number.name}")  # noqa: B023
             assert not collector.state.problem and p2pd_of_this_process() != [pid]
+
+
+async def test_a_clock_that_was_set_is_compared_with_the_peers(
+    bootstrap: str, collecting: Collecting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with collecting([bootstrap]) as collector:
+        await until(lambda: collector.state.taken_at, 30, "the first reading")
+        (pid,) = p2pd_of_this_process()
+        ahead = SimpleNamespace(time=lambda: time.time() + 3600, monotonic=time.monotonic)
+        monkeypatch.setattr(collector_module, "time", ahead)
+        with collector.subscribe() as states:
+            async with asyncio.timeout(30):
+                while not (problem := (await anext(states)).problem):
+                    pass
+        assert "was set by +3600 s" in problem
+        await until(lambda: not collector.state.problem, 30, "a reading after joining anew")
+        assert p2pd_of_this_process() != [pid]
 
 
 async def test_the_swarm_is_gone_and_comes_back(

@@ -36,6 +36,7 @@ JOINING = "still joining the swarm"
 READ_S = 120.0  # for one refresh, beyond the sum of what its parts may take
 RETRY_S = 5.0  # after a refresh that failed
 _ANSWER_S = 5.0
+_STEP_S = 3.0  # by which hivemind lets clocks differ, when it joins
 _LATE_S = 60.0
 
 
@@ -66,6 +67,7 @@ class Collector:
         self._network = Network(options, Life())
         self._dialler = Dialler()
         self._dialled_by: Connection | None = None
+        self._clocks = _clocks()
         self._checker = Checker(socket_dir, allow_private)
         self._states = Broadcast[SwarmState]()
 
@@ -161,19 +163,24 @@ class Collector:
             raise SwarmError(self._network.problem or JOINING) from None
 
     async def _check_footing(self, connection: Connection) -> None:
-        """Raise SwarmError if what is read may be our own failure: p2pd is gone or hangs, or nobody answers us.
+        """Raise SwarmError if what is read may be our own failure: p2pd is gone or hangs, nobody answers us, the clock was set.
 
         Then p2pd is replaced, which joins the swarm anew.
         """
         if connection.lost.is_set():
             raise SwarmError("p2pd has ended, and is started again")
         problem = ""
+        step, self._clocks = _clocks() - self._clocks, _clocks()
         try:
             await control.identify(connection.daemon.maddr, _ANSWER_S)
         except SwarmError as error:
             problem = str(error)
         if not connection.node.protocol.routing_table.peer_id_to_uid:
             problem = "no peer of the DHT answers any more"
+        if abs(step) > _STEP_S:  # with a wrong clock all records seem to have expired; who joins compares it
+            problem = (
+                f"the clock of this host was set by {step:+.0f} s, or it slept; the swarm is joined anew"
+            )
         if problem:
             self._tell(problem)
             with suppress(TimeoutError):
@@ -194,3 +201,8 @@ class Collector:
         if (problem, entries) != (self.state.problem, self.state.entries):
             log.warning("the monitor shows an old state: %s", problem)
             self._publish(self.state.model_copy(update={"problem": problem, "entries": entries}))
+
+
+def _clocks() -> float:
+    """By how much the clock is before one that nobody sets, in seconds."""
+    return time.time() - time.monotonic()
