@@ -121,6 +121,18 @@ async def test_those_who_come_at_once_are_counted_too() -> None:
     assert sum(map(bool, begun)) == live.listeners == 2
 
 
+async def test_one_caller_leaves_places_for_others() -> None:
+    live = Live(max_listeners=10, each=2)
+    streams = [live.listen(caller="2001:db8::1"), live.listen(caller="2001:db8::2")]
+    for stream in streams:
+        await anext(stream)
+    with pytest.raises(LimitExceeded, match="2 listeners at your address"):
+        live.listen(caller="2001:db8::3")
+    assert await anext(live.listen(caller="192.0.2.7"))
+    await streams[0].aclose()
+    assert await anext(live.listen(caller="2001:db8::3"))
+
+
 async def test_too_many_is_an_error_that_names_the_limit() -> None:
     live = Live(max_listeners=1)
     first = live.listen()

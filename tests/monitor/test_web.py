@@ -152,6 +152,7 @@ def test_openapi_names_all_and_only_data(ask: httpx.Client) -> None:
         "/healthz",
         "/metrics",
     ]
+    assert set(paths["/api/v1/is_reachable/{peer_id}"]["get"]["responses"]) == {"200", "400", "429", "503"}
     assert ask.get("/docs").status_code == ask.get("/redoc").status_code == 404
 
 
@@ -256,6 +257,8 @@ def test_nothing_can_be_written(ask: httpx.Client) -> None:
     for method in ("POST", "PUT", "DELETE", "PATCH", "TRACE"):
         answer = ask.request(method, "/api/v1/state", content=b"x")
         assert answer.status_code == 405 and answer.headers["allow"] == "GET, HEAD"
+    answer = ask.head("/events")
+    assert answer.status_code == 405 and answer.headers["allow"] == "GET"
 
 
 def test_static_files_are_kept_for_ever_by_their_version(ask: httpx.Client) -> None:

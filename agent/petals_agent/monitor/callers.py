@@ -61,7 +61,7 @@ class Allowance:
     def wait(self, caller: str) -> float:
         """0 if `caller` may ask now, which is counted; else the seconds until it may."""
         now = self._clock()
-        name = _group(caller)
+        name = counted_as(caller)
         bucket = self._buckets.pop(name, None) or _Bucket(self._rate, self._burst, now)
         self._buckets[name] = bucket
         if len(self._buckets) > _MAX_CALLERS:
@@ -83,7 +83,7 @@ class Places:
     @contextmanager
     def taken(self, caller: str) -> Iterator[None]:
         """Raises LimitExceeded when the caller has all that it may have."""
-        name = _group(caller)
+        name = counted_as(caller)
         if self._taken[name] >= self._each:
             raise LimitExceeded(f"{self._each} {self._what} run for you already; ask again in some seconds")
         self._taken[name] += 1
@@ -123,7 +123,7 @@ def _address(text: str) -> Address | None:
     return mapped or address
 
 
-def _group(caller: str) -> str:
+def counted_as(caller: str) -> str:
     """Who is counted as one: an IPv4 address, or a /64 of IPv6, which one customer has."""
     address = _address(caller)
     if isinstance(address, IPv6Address):

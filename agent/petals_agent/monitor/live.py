@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 
 from petals_agent.errors import LimitExceeded
+from petals_agent.monitor.callers import counted_as
 
 HEARTBEAT_S = 15.0  # a comment so often, so that proxies do not take the line for dead
 RETRY_MS = 3000
@@ -17,8 +19,11 @@ RETRY_MS = 3000
 class Live:
     """`tell` what is new; each `listen` yields the newest, and skips what it was too slow for."""
 
-    def __init__(self, max_listeners: int = 500, heartbeat: float = HEARTBEAT_S) -> None:
+    def __init__(self, max_listeners: int = 500, each: int = 100, heartbeat: float = HEARTBEAT_S) -> None:
+        """At most so many listeners, `each` caller's among them."""
         self.max_listeners = max_listeners
+        self._each = each
+        self._by_caller = Counter[str]()
         self._heartbeat = heartbeat
         self._changed = asyncio.Event()  # replaced at each change
         self._serial = ""
@@ -37,16 +42,25 @@ class Live:
         self._closed = True
         self._wake()
 
-    def listen(self, seen: str = "") -> AsyncIterator[bytes]:
+    def listen(self, seen: str = "", caller: str = "") -> AsyncIterator[bytes]:
         """A stream of events after the one called `seen`. Raises LimitExceeded when too many listen."""
-        if self.listeners >= self.max_listeners:
-            raise LimitExceeded(f"{self.max_listeners} listeners are all that are served; try again later")
-        return self._stream(seen)
+        if refused := self._refused(caller):
+            raise LimitExceeded(refused)
+        return self._stream(seen, caller)
 
-    async def _stream(self, seen: str) -> AsyncIterator[bytes]:
-        if self.listeners >= self.max_listeners:  # many were let in before the first of them began
+    def _refused(self, caller: str) -> str:
+        if self._by_caller[counted_as(caller)] >= self._each:
+            return f"{self._each} listeners at your address are all that are served; try again later"
+        if self.listeners >= self.max_listeners:
+            return f"{self.max_listeners} listeners are all that are served; try again later"
+        return ""
+
+    async def _stream(self, seen: str, caller: str) -> AsyncIterator[bytes]:
+        if self._refused(caller):  # many were let in before the first of them began
             return
+        name = counted_as(caller)
         self.listeners += 1
+        self._by_caller[name] += 1
         try:
             yield b"retry: %d\n\n" % RETRY_MS
             while not self._closed:
@@ -63,6 +77,8 @@ class Live:
                 yield b": still here\n\n"
         finally:
             self.listeners -= 1
+            self._by_caller[name] -= 1
+            self._by_caller += Counter()  # without those at zero
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

@@ -58,8 +58,9 @@ class Guard:
             await _answer(guarded, 431, b"the headers are too long\n")
         elif method == "OPTIONS" and is_open:
             await _answer(send, 204, b"", _PREFLIGHT)
-        elif method not in ("GET", "HEAD") or (method == "HEAD" and path == "/events"):
-            await _answer(guarded, 405, b"this is for reading: GET and HEAD\n", ((b"allow", b"GET, HEAD"),))
+        elif method not in (allowed := ("GET",) if path == "/events" else ("GET", "HEAD")):
+            text = f"this is for reading: {' and '.join(allowed)}\n"
+            await _answer(guarded, 405, text.encode(), ((b"allow", ", ".join(allowed).encode()),))
         elif method == "HEAD":  # the server leaves the body out
             await self._app({**scope, "method": "GET"}, receive, guarded)
         else:

@@ -137,6 +137,8 @@ class _Routes:
         page("/models/{prefix:path}", self.model)
         page("/static/{name}", self.static)
         app.add_exception_handler(HTTPException, self.problem)
+        # FastAPI's own for every parameter; of what is no peer id we say 400
+        del app.openapi()["paths"]["/api/v1/is_reachable/{peer_id}"]["get"]["responses"]["422"]
 
     # --- for scripts and servers
 
@@ -204,7 +206,7 @@ class _Routes:
     async def events(self, request: Request) -> Response:
         """A server-sent event `state` at each new snapshot, with its time; fetch what you want to know then."""
         try:
-            stream = self._site.live.listen(request.headers.get("last-event-id", ""))
+            stream = self._site.live.listen(request.headers.get("last-event-id", ""), self._caller(request))
         except LimitExceeded as error:
             raise HTTPException(503, str(error), {"Retry-After": "30"}) from None
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
