@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from petals_agent.monitor import collector as collector_module
 from petals_agent.monitor.checking import MAX_CHECKS
 from petals_agent.monitor.collector import Collector
 from petals_agent.monitor.history import History
-from petals_agent.monitor.state import Model, Server
+from petals_agent.monitor.state import Model, Server, SwarmState
 from petals_agent.p2p.daemon import Daemon, DaemonOptions
 
 from .conftest import Collecting
@@ -218,6 +219,24 @@ async def test_the_swarm_is_gone_and_comes_back(
         assert start()[1] == maddr
         await until(lambda: collector.state.taken_at > taken, 60, "a reading of what came back")
         assert not collector.state.problem and all(entry.reachable for entry in collector.state.entries)
+
+
+class Swallowing(History):
+    """As Python's and hivemind's own waits do at times: a cancellation goes by unheard."""
+
+    async def record(self, state: SwarmState) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+
+async def test_a_cancellation_that_somebody_swallowed_is_obeyed(bootstrap: str, tmp_path: Path) -> None:
+    collector = Collector([bootstrap], tmp_path, period=0.5, history=Swallowing(None, 86400.0))
+    running = asyncio.create_task(collector.run())
+    await until(lambda: collector.state.taken_at, 30, "the first reading")
+    running.cancel()
+    done, _ = await asyncio.wait([running], timeout=10)
+    assert done and running.cancelled()
+    await collector.stop()
 
 
 async def test_no_entry_node_at_all(collecting: Collecting) -> None:

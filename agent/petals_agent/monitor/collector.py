@@ -100,7 +100,12 @@ class Collector:
         return await self._checker.check(connection.daemon.maddr, peer_id)
 
     async def _refresh(self) -> NoReturn:
+        task = asyncio.current_task()
         while True:
+            if (
+                task is not None and task.cancelling()
+            ):  # swallowed on the way, as asyncio.wait_for does at times
+                raise asyncio.CancelledError
             began = time.monotonic()
             try:
                 async with asyncio.timeout(READ_S):

@@ -90,7 +90,8 @@ async def request(daemon: str, message: p2pd_pb2.Request, timeout: float = 5.0) 
     """
     what = p2pd_pb2.Request.Type.Name(message.type)
     try:
-        reply = await asyncio.wait_for(_exchange(daemon, message, what), timeout)
+        async with asyncio.timeout(timeout):  # wait_for loses a cancellation that comes with the answer
+            reply = await _exchange(daemon, message, what)
     except TimeoutError:
         raise DaemonError(f"p2pd did not answer {what} within {timeout:g} s") from None
     except (OSError, EOFError) as error:
