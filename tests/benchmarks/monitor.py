@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from monitor.swarms import peer
 from petals_agent.monitor.decoding import RecordReader
 from petals_agent.monitor.report import Reading, report
+from petals_agent.monitor.service import seek_cycles_rarely
 from petals_agent.swarm.records import ServerInfo, ServerState
 from petals_agent.swarm.view import SwarmView
 
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--quick", action="store_true", help="the first size only")
     options = parser.parse_args()
+    seek_cycles_rarely()  # as the service does
     sizes = dict(list(SIZES.items())[:1]) if options.quick else SIZES
     results = {name: asyncio.run(measured(per_model)) for name, per_model in sizes.items()}
     if options.json:

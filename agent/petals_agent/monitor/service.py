@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -48,7 +49,13 @@ _LOOK_S = 1.0
 
 def run(config: Config) -> None:
     """Serve until SIGINT or SIGTERM; the swarm is read every `monitor.period`. Raises AgentError."""
+    seek_cycles_rarely()
     asyncio.run(serve(config))
+
+
+def seek_cycles_rarely() -> None:
+    """For the whole process: a refresh makes up to a million values without a cycle, and Python would look at each again and again."""
+    gc.set_threshold(50_000, 20, 20)
 
 
 async def serve(config: Config) -> None:
