@@ -72,7 +72,8 @@ async def end_child(process: asyncio.subprocess.Process, grace: float) -> None:
     # a stopped process takes its SIGTERM only when it runs
     signal_child(process, signal.SIGCONT)
     try:
-        await asyncio.wait_for(process.wait(), grace)
+        async with asyncio.timeout(grace):
+            await process.wait()
     except TimeoutError:
         signal_child(process, signal.SIGKILL)
         await process.wait()

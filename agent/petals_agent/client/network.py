@@ -80,14 +80,14 @@ class Network:
                 )
             )
             self._p2p = await P2P.replicate(Multiaddr(self._daemon.maddr))
-            create = DHTNode.create(
-                p2p=self._p2p,
-                initial_peers=self.initial_peers,
-                client_mode=True,
-                num_workers=32,
-                record_validator=RecordGuard(),
-            )
-            self._node = await asyncio.wait_for(create, self.options.startup_timeout)
+            async with asyncio.timeout(self.options.startup_timeout):
+                self._node = await DHTNode.create(
+                    p2p=self._p2p,
+                    initial_peers=self.initial_peers,
+                    client_mode=True,
+                    num_workers=32,
+                    record_validator=RecordGuard(),
+                )
         except TimeoutError:
             await self.stop()
             raise SwarmError(
@@ -106,11 +106,13 @@ class Network:
             self._pinging.cancel()
             await asyncio.wait({self._pinging})
         if node is not None:
-            await asyncio.wait_for(node.shutdown(), 10)
+            async with asyncio.timeout(10):
+                await node.shutdown()
             if node.cache_refresh_task is not None:
                 node.cache_refresh_task.cancel()
         if p2p is not None:
-            await asyncio.wait_for(p2p.shutdown(), 10)
+            async with asyncio.timeout(10):
+                await p2p.shutdown()
         if daemon is not None:
             await daemon.stop()
 
@@ -185,9 +187,11 @@ class Network:
     async def open(self, peer_id: str, method: str) -> Channel:
         """Open a stream; the caller closes it."""
         p2p, timeout = self._require_p2p(), self.options.connect_timeout
-        opening = p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), f"{wire.HANDLER}.{method}")
         try:
-            _, reader, writer = await asyncio.wait_for(opening, timeout)
+            async with asyncio.timeout(timeout):
+                _, reader, writer = await p2p.call_binary_stream_handler(
+                    PeerID.from_base58(peer_id), f"{wire.HANDLER}.{method}"
+                )
         except TimeoutError:
             raise PeerFailure(peer_id, f"did not open a stream within {timeout:g} s") from None
         except (P2PDaemonError, ControlFailure, EOFError) as error:
@@ -219,7 +223,9 @@ class Network:
             else self._call_unary(peer_id, method, wire.request(uid, tensors, metadata))
         )
         try:
-            return wire.response(await asyncio.wait_for(calling, timeout), shapes, like=tensors[0])
+            async with asyncio.timeout(timeout):
+                answer = await calling
+            return wire.response(answer, shapes, like=tensors[0])
         except TimeoutError:
             raise PeerFailure(
                 peer_id, f"{method} of blocks {blocks[0]}:{blocks[1]} took over {timeout:g} s"

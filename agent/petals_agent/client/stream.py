@@ -83,7 +83,8 @@ class ServerSession:
         try:
             if self._channel is None:
                 self._channel = await self.network.open(self.span.peer_id, "rpc_inference")
-            answer = await asyncio.wait_for(self._exchange(self._channel, request, message.hidden), timeout)
+            async with asyncio.timeout(timeout):
+                answer = await self._exchange(self._channel, request, message.hidden)
         except TimeoutError:
             raise PeerFailure(self.span.peer_id, f"did not answer {what} within {timeout:g} s") from None
         except ValueError as error:
@@ -114,7 +115,8 @@ class ServerSession:
             return
         try:
             if politely:
-                await asyncio.wait_for(self._say_goodbye(channel), _CLOSE_TIMEOUT)
+                async with asyncio.timeout(_CLOSE_TIMEOUT):
+                    await self._say_goodbye(channel)
         except (TimeoutError, PeerFailure):
             pass  # it is over either way
         finally:

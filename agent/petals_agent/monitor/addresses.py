@@ -54,7 +54,8 @@ async def _resolve(name: str, family: int) -> list[IPv4Address | IPv6Address]:
     loop = asyncio.get_running_loop()
     ask = loop.run_in_executor(_resolver, lambda: socket.getaddrinfo(name, None, family, socket.SOCK_STREAM))
     try:
-        answers = await asyncio.wait_for(ask, RESOLVE_S)
+        async with asyncio.timeout(RESOLVE_S):
+            answers = await ask
     except (OSError, UnicodeError, TimeoutError):
         return []
     return [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in answers]

@@ -111,7 +111,8 @@ class Daemon:
             ) from error
         self = cls(process, f"/unix{path}")
         try:
-            await asyncio.wait_for(self._until_it_answers(path), options.startup_timeout)
+            async with asyncio.timeout(options.startup_timeout):
+                await self._until_it_answers(path)
         except TimeoutError:
             await self.stop()
             raise DaemonError(

@@ -180,7 +180,8 @@ class ContainerProcess:
         """Ask it to end, and kill it after `grace` seconds."""
         self._channel.send(messages.Stop())
         try:
-            await asyncio.wait_for(self.process.wait(), grace)
+            async with asyncio.timeout(grace):
+                await self.process.wait()
         except TimeoutError:
             self.kill()
             await self.process.wait()

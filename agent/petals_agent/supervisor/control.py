@@ -124,7 +124,8 @@ async def _answers(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_unix_connection(path), 2.0)
+        async with asyncio.timeout(2.0):
+            _, writer = await asyncio.open_unix_connection(path)
     except (TimeoutError, OSError):
         return False
     writer.close()
