@@ -84,6 +84,8 @@ def test_a_bottleneck_degrades() -> None:
     found = model(4, records(1, 0, 3, rps=100.0), records(2, 3, 4, rps=10.0))
     assert found.state == "degraded"
     assert found.reason == "block 3 limits it to 10 tokens/s, where the mean is 77.5"
+    found = model(8, records(1, 0, 6, rps=100.0), records(2, 6, 8, rps=10.0))
+    assert found.reason == "blocks 6:8 limit it to 10 tokens/s, where the mean is 77.5"
 
 
 def test_a_model_that_nobody_announces() -> None:

@@ -261,7 +261,8 @@ def judge(
     weakest = min(throughput)
     if weakest < WEAK_SHARE * mean:
         slow = [block for block, rate in enumerate(throughput) if rate < WEAK_SHARE * mean]
-        reasons.append(f"{_blocks(slow)} limits it to {weakest:.3g} tokens/s, where the mean is {mean:.3g}")
+        limit = "limits" if len(slow) == 1 else "limit"
+        reasons.append(f"{_blocks(slow)} {limit} it to {weakest:.3g} tokens/s, where the mean is {mean:.3g}")
     return ("degraded", "; ".join(reasons)) if reasons else ("healthy", "")
 
 
