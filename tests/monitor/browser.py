@@ -78,3 +78,12 @@ def tab(browser: Browser, size: dict[str, int] = DESKTOP, **options: Any) -> Ite
         yield one
     finally:
         context.close()
+
+
+def wait_for_sign(page: Page, peer_id: str, sign: str, timeout: float) -> None:
+    """Until the page shows one of `#`, `J`, `?`, `_` beside that server, for at most `timeout` seconds."""
+    page.wait_for_function(
+        "([peer, sign]) => document.querySelector(`tr[id$='${peer}'] .pill b`)?.textContent === sign",
+        arg=[peer_id, sign],
+        timeout=timeout * 1000,
+    )

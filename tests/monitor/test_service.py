@@ -23,7 +23,7 @@ from harness.processes import Process, Processes, wait_until
 from harness.swarm import PETALS_AGENT
 from harness.systemd import Systemd
 from monitor import synthetic
-from monitor.browser import chromium, tab, why_not
+from monitor.browser import chromium, tab, wait_for_sign, why_not
 from monitor.swarms import peer
 from petals_agent.monitor.service import listen
 
@@ -166,13 +166,6 @@ def test_a_live_swarm_in_a_browser(
             other.store("tiny.0", peer(100 + index), (1, 1.0, fields), 300)
         other.store("_petals.models", "x" * 1_000_000, {"num_blocks": 1, "repository": None}, 300)
 
-        def mark(peer_id: str, wanted: str, timeout: float) -> None:
-            page.wait_for_function(
-                "([peer, mark]) => document.querySelector(`tr[id$='${peer}'] .pill b`)?.textContent === mark",
-                arg=[peer_id, wanted],
-                timeout=timeout * 1000,
-            )
-
         agents = [
             start_live(processes, tmp_path / blocks[0], tiny_llama, blocks, [bootstrap], more)
             for blocks in ("0:4", "4:8")
@@ -181,9 +174,9 @@ def test_a_live_swarm_in_a_browser(
             str(agent.until(lambda status: status.get("peer_id"), 60, "a peer id")["peer_id"])
             for agent in agents
         ]
-        mark(peer(100), "J", 60)
+        wait_for_sign(page, peer(100), "J", 60)
         for peer_id in peers:
-            mark(peer_id, "#", 90)
+            wait_for_sign(page, peer_id, "#", 90)
         assert page.locator("bdi.name", has_text="<b>lab</b>").count() == 2
         card = page.locator("section.model", has_text="tiny").first
         assert (card.locator(".badge").text_content() or "").strip() in ("degraded", "healthy")
@@ -197,8 +190,8 @@ def test_a_live_swarm_in_a_browser(
         page.locator("input[type=search]").first.fill(peers[1][-6:])
         page.wait_for_function("() => document.querySelectorAll('a.peer').length === 1")
         agents[1].process.kill()
-        mark(peers[1], "?", 30)
-        mark(peers[1], "_", 60)
+        wait_for_sign(page, peers[1], "?", 30)
+        wait_for_sign(page, peers[1], "_", 60)
         page.wait_for_function(
             "() => document.querySelector('.model .badge').textContent.trim() === 'broken'"
         )
