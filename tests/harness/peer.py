@@ -19,6 +19,7 @@ from hivemind.compression.serialization import (  # noqa: E402
     serialize_torch_tensor,
 )
 from hivemind.dht.node import DHTNode  # noqa: E402
+from hivemind.dht.routing import DHTID  # noqa: E402
 from hivemind.p2p import P2P, PeerID  # noqa: E402
 from hivemind.proto import runtime_pb2  # noqa: E402
 from hivemind.utils.serializer import MSGPackSerializer  # noqa: E402
@@ -97,6 +98,16 @@ class Peer:
     def store(self, key: str, subkey: str, value: Any, seconds: float = 60.0) -> None:
         """Write a record, true or not."""
         assert self.run(self.node.store(key, value, get_dht_time() + seconds, subkey=subkey))
+
+    def store_raw(self, key: str, subkey: str, raw: bytes, seconds: float = 60.0) -> None:
+        """Bytes that no serialiser would write, straight into a node's storage."""
+
+        async def put() -> None:
+            protocol, target = self.node.protocol, DHTID.generate(key)
+            remote = next(one for _, one in protocol.routing_table.get_nearest_neighbors(target, 1))
+            await protocol.call_store(remote, [target], [raw], get_dht_time() + seconds, subkeys=[subkey])
+
+        self.run(put())
 
     # --- calls to servers
 

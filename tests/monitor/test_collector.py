@@ -304,7 +304,7 @@ async def test_what_strangers_write(bootstrap: str, collecting: Collecting) -> N
             ("_petals.models", b"\xc1"),
             ("tiny.0", b"\xd4\x50\x00"),
         ):
-            other.run(raw_store(other, key, raw))
+            other.store_raw(key, peer(99), raw, 300)
         async with collecting([bootstrap]) as collector:
             await until(lambda: collector.state.taken_at, 30, "the first reading")
             found = model(collector)
@@ -323,13 +323,3 @@ async def test_what_strangers_write(bootstrap: str, collecting: Collecting) -> N
             found = model(collector)
             assert found is not None and not found.unread_blocks, "its servers announce themselves still"
             assert server(collector, peer(1)) is not None
-
-
-async def raw_store(other: Peer, key: str, raw: bytes) -> None:
-    """Bytes that no serialiser would write, straight into a node's storage."""
-    from hivemind.dht.routing import DHTID
-    from hivemind.utils.timed_storage import get_dht_time
-
-    protocol = other.node.protocol
-    remote = next(one for _, one in protocol.routing_table.get_nearest_neighbors(DHTID.generate("x"), 1))
-    await protocol.call_store(remote, [DHTID.generate(key)], [raw], get_dht_time() + 300, subkeys=[peer(99)])

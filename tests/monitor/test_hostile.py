@@ -6,15 +6,19 @@ import asyncio
 import html
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 
 import httpx
 import pytest
 
-from harness.processes import wait_until
+from harness.monitor import start_monitor
+from harness.peer import Peer
+from harness.processes import Processes, wait_until
 from monitor import synthetic
 from monitor.source import Served, served
+from monitor.swarms import peer
 from petals_agent.monitor.shown import segment
 
 STATE = synthetic.hostile()
@@ -126,3 +130,44 @@ async def test_two_hundred_at_once(here: Served) -> None:
             found = await asyncio.gather(*readers)
     assert found == [(STATE.taken_at, new.taken_at)] * CLIENTS
     wait_until(lambda: here.site.live.listeners == 0, 10, "all listeners to be gone")
+
+
+def test_two_hundred_clients_of_a_live_swarm_full_of_spam(
+    processes: Processes, bootstrap: str, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """Scripts, names of a megabyte and broken UTF-8 are in the DHT, and more come while all read."""
+    with Peer([bootstrap]) as other:
+
+        def spam(turn: int) -> None:
+            for index, text in enumerate([*synthetic.HOSTILE, "n" * 1_000_000]):
+                fields = {"start_block": 0, "end_block": 1, "public_name": text, "version": text}
+                other.store("tiny.0", peer(100 * turn + index), (2, 1.0, fields), 300)
+                other.store("_petals.models", f"{turn}{text}", {"num_blocks": 1, "repository": text}, 300)
+            other.store_raw("tiny.0", peer(99), b"\xa4\xff\xfe\xfd\xfc", 300)  # a text that is no UTF-8
+            other.store_raw("_petals.models", "torn", b"\x81\xaanum_blocks", 300)
+
+        spam(1)
+        good = (2, 1.0, {"start_block": 0, "end_block": 1, "public_name": "good"})
+        other.store("tiny.0", peer(1), good, 300)
+        url = start_monitor(processes, tmp_path, [bootstrap], free_port()).url
+
+        async def reader(ask: httpx.AsyncClient, number: int) -> None:
+            path = ("/", "/api/v1/state", "/metrics", "/models/tiny")[number % 4]
+            for _ in range(3):
+                answer = await ask.get(path)
+                assert answer.status_code == 200
+                if path != "/metrics":
+                    assert "good" in answer.text and "n" * 2000 not in answer.text
+                if answer.headers["content-type"].startswith("text/html"):
+                    scripts = [one for tag, one in Elements(answer.text).elements if tag == "script"]
+                    assert len(scripts) == 1 and "window.hurt" not in str(scripts)
+
+        async def all_of_them() -> None:
+            limits = httpx.Limits(max_connections=CLIENTS)
+            async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as ask, asyncio.timeout(60):
+                await asyncio.gather(
+                    asyncio.to_thread(spam, 2), *(reader(ask, number) for number in range(CLIENTS))
+                )
+
+        asyncio.run(all_of_them())
+        wait_until(lambda: peer(200) in httpx.get(f"{url}/api/v1/state").text, 30, "the later ones")

@@ -19,7 +19,7 @@ RETRY_MS = 3000
 class Live:
     """`tell` what is new; each `listen` yields the newest, and skips what it was too slow for."""
 
-    def __init__(self, max_listeners: int = 500, each: int = 100, heartbeat: float = HEARTBEAT_S) -> None:
+    def __init__(self, max_listeners: int = 500, each: int = 250, heartbeat: float = HEARTBEAT_S) -> None:
         """At most so many listeners, `each` caller's among them."""
         self.max_listeners = max_listeners
         self._each = each
