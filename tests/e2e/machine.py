@@ -20,8 +20,9 @@ ENVIRONMENT = (
     "SYSTEMD_COLORS=0",
     "SYSTEMD_PAGER=",
 )
-# it ends when we do
+# it ends when we do, and with the first process of its namespace all others end: nspawn's own children survive its SIGKILL
 ALONE = ("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private")
+ALONE += ("--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc")
 # the mount lives in a namespace of its own, so nothing is left of it whatever happens to us
 BOOT = """
 mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" "$2/root" || exit 1
@@ -51,9 +52,10 @@ class Machine:
 
     def _init(self) -> int:
         assert self._process.returncode is None, f"the machine did not start\n{self._process.output()}"
+        pid = self._process.pid
         try:
-            children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text()
-            pid = int(children.split()[0])
+            for _ in range(2):  # nspawn, and what it boots
+                pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
             return pid if Path(f"/proc/{pid}/comm").read_text().strip() == "systemd" else 0
         except (FileNotFoundError, IndexError, ProcessLookupError):
             return 0
