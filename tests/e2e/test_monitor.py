@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,15 +97,12 @@ def test_alone_in_a_bare_debian(monitor: Monitor, trees: Trees) -> None:
         "the boot would wait for the swarm"
     )
 
-    # a swarm that does not answer: it goes on trying beyond systemd's patience, and says so
+    # a swarm that does not answer: `systemctl start` returns, the page says why, and nothing is restarted for it
     monitor.configure(swarm={"initial_peers": [f"/ip4/127.0.0.1/tcp/9/p2p/{NOBODY}"]})
     monitor.change_unit(f"TimeoutStartSec={START_S}")
-    machine.run("systemctl", "start", "--no-block", UNIT)
-    began = time.monotonic()
-    wait_until(lambda: "no bootstrap peer answers" in monitor.status(), 60, "the reason in the status line")
-    assert monitor.status().startswith("Reading the swarm for the first time (")
-    wait_until(lambda: time.monotonic() - began > START_S + 2, START_S + 5, "systemd's patience to end")
-    assert machine.show(UNIT, "ActiveState", "NRestarts") == {"ActiveState": "activating", "NRestarts": "0"}
+    machine.run("systemctl", "start", UNIT, timeout=90)
+    assert monitor.status().startswith("Reading the swarm for the first time (no bootstrap peer answers")
+    assert machine.show(UNIT, "ActiveState", "NRestarts") == {"ActiveState": "active", "NRestarts": "0"}
     status, health = monitor.health()
     assert status == 503 and "no bootstrap peer answers" in health["problem"]
 
@@ -206,5 +202,5 @@ def test_without_the_swarm_it_says_so_and_is_started_again(monitor: Monitor) -> 
     machine.wait_for(UNIT, NRestarts="1", timeout=WATCHDOG_S + 30)
     wait_until(lambda: monitor.status().startswith("Reading the swarm for the first time"), 30, "a new start")
     machine.run("systemctl", "start", ENTRY)
+    wait_until(lambda: monitor.health()[0] == 200, 60, "the swarm to be read again")
     machine.wait_for(UNIT, ActiveState="active", SubState="running", NRestarts="1")
-    assert monitor.health()[0] == 200

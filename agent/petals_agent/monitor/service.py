@@ -28,7 +28,7 @@ from petals_agent.config.values import parse_host_port  # noqa: E402
 from petals_agent.errors import ConfigError, SwarmError  # noqa: E402
 from petals_agent.log import event  # noqa: E402
 from petals_agent.monitor.callers import Proxies  # noqa: E402
-from petals_agent.monitor.collector import Collector  # noqa: E402
+from petals_agent.monitor.collector import NOT_READ, Collector  # noqa: E402
 from petals_agent.monitor.history import History  # noqa: E402
 from petals_agent.monitor.patience import Patience  # noqa: E402
 from petals_agent.monitor.shown import span_of_time  # noqa: E402
@@ -109,18 +109,20 @@ def status_line(site: Site, address: str, now: float) -> str:
 
 
 async def _tell(site: Site, notifier: Notifier, address: str) -> NoReturn:
-    """READY with the first snapshot; the watchdog is fed while what is served is fresh, and starves when it is not."""
+    """READY once it is known whether the swarm can be read; the watchdog starves when what is served is no longer fresh.
+
+    Who has read nothing yet would read nothing after a restart either: the page stays, and says why.
+    """
     pause = min(_LOOK_S, (notifier.watchdog_s or _LOOK_S * 3) / 3)
     while True:
-        now = time.time()
-        fresh = site.fresh(now)
+        now, state = time.time(), site.rendering.state
         notifier.status(status_line(site, address, now))
-        if fresh and site.rendering.view.read:
-            notifier.ready()
-        else:
+        if state.problem == NOT_READ:
             notifier.extend_start()
-        if fresh:
-            notifier.ping()
+        else:
+            notifier.ready()
+            if site.fresh(now) or not state.taken_at:
+                notifier.ping()
         await asyncio.sleep(pause)
 
 
