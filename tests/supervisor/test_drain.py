@@ -45,8 +45,10 @@ def test_a_drain_from_begin_to_end(scene: Scene) -> None:
 
     # the last holder waits, and says how to go on
     assert agent.command("drain", "--reason", "new disk", "--no-wait").returncode == 0
-    status = agent.until(lambda status: status["drain"], 30, "a drain")
-    assert status["drain"]["stage"] == "waiting" and status["drain"]["reason"] == "new disk"
+    status = agent.until(
+        lambda status: status["drain"] and status["drain"]["stage"] == "waiting", 30, "a drain that waits"
+    )
+    assert status["drain"]["reason"] == "new disk"
     assert (
         "nobody else serves blocks 0:8" in status["drain"]["detail"]
         and "--force" in status["drain"]["detail"]

@@ -54,7 +54,7 @@ class Order:
 
 
 class Draining:
-    """`run()` as a task; `drain` and `undrain` from the control socket. `stage`: None, "waiting", "emptying" or "drained"."""
+    """`run()` as a task; `drain` and `undrain` from the control socket. `stage`: None, "begun", "waiting", "emptying", "drained"."""
 
     def __init__(self, folder: Path, network: Network, serving: Serving, life: Life) -> None:
         self._file = folder / "drain.json"
@@ -74,7 +74,8 @@ class Draining:
             self._keep(order)
         self._order = order
         if self.stage is None:
-            self.stage, self.detail = "waiting", "it was asked for just now"
+            self.stage = "begun"
+            self.detail = "closing the doors" if order.force else "who else serves our blocks is looked up"
         self._changed.set()
 
     def undrain(self) -> None:
