@@ -45,7 +45,7 @@ class Machine:
         self._process: Process = processes.start(
             "machine",
             [*ALONE, "sh", "-c", BOOT, "boot", lower, str(folder), name, *options],
-            grace=30,
+            grace=0,  # nothing in it is worth an orderly stop
         )
         self._pid = wait_until(self._init, BOOT_S, f"the first process of {name}")
         wait_until(self._running, BOOT_S, f"{name} to boot\n{self._process.output()}")
