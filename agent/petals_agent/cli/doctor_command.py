@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from petals_agent.printable import printable
+
 if TYPE_CHECKING:
     from petals_agent.doctor.check import Checked
 
@@ -71,7 +73,7 @@ def _fields(one: Checked) -> dict[str, Any]:
 
 def _print(check: Mapping[str, Any]) -> None:
     outcome = typer.style(f"{check['outcome']:<8}", **_style(check["outcome"]))
-    typer.echo(f"{outcome} {check['name']:<16} {_printable(check['found'])}")
+    typer.echo(f"{outcome} {check['name']:<16} {printable(check['found'])}")
     if check["remedy"]:
         typer.echo(f"{'':25} → {check['remedy']}")
 
@@ -79,8 +81,3 @@ def _print(check: Mapping[str, Any]) -> None:
 def _style(outcome: str) -> dict[str, Any]:
     colour = _COLOURS[outcome]
     return {"dim": True} if colour == "dim" else {"fg": colour}
-
-
-def _printable(text: str) -> str:
-    """Without what could steer a terminal: what was found quotes others."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from petals_agent.errors import SwarmError
+from petals_agent.printable import printable
 
 
 def explain(
@@ -33,9 +34,9 @@ def explain(
 
     def show(decision: Decision) -> None:
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(decision.time))
-        typer.echo(_printable(f"{moment}  {decision.kind}: {decision.what}"))
+        typer.echo(printable(f"{moment}  {decision.kind}: {decision.what}"))
         facts = "  ".join(f"{name}={json.dumps(value)}" for name, value in decision.facts.items())
-        typer.echo(_printable(f"{'':21}because {decision.why}" + (f"  [{facts}]" if facts else "")))
+        typer.echo(printable(f"{'':21}because {decision.why}" + (f"  [{facts}]" if facts else "")))
 
     if json_:
         typer.echo(json.dumps([decision.to_dict() for decision in decisions]))
@@ -44,8 +45,3 @@ def explain(
         typer.echo(f"no decisions are kept in {folder} yet")
     for decision in decisions:
         show(decision)
-
-
-def _printable(text: str) -> str:
-    """Without what could steer a terminal: reasons quote what others said."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)

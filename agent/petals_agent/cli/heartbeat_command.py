@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from petals_agent.printable import printable
+
 
 def heartbeat(
     config: Annotated[
@@ -54,4 +56,4 @@ def lines(found: Mapping[str, Any]) -> list[str]:
             if there
         ]
         text.append(f"  {peer}" + (f"  {', '.join(marks)}" if marks else ""))
-    return ["".join(letter if letter.isprintable() else " " for letter in line) for line in text]
+    return [printable(line) for line in text]

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from petals_agent.errors import LimitExceeded, RequestError
 from petals_agent.heartbeat.rules import MAX_MEMBERS, TOKENS
+from petals_agent.printable import printable
 
 PROTOCOL = "/petals-agent/heartbeat/1"
 """Name and version on the wire: members of another version do not find each other, and say so."""
@@ -16,11 +17,6 @@ PROTOCOL = "/petals-agent/heartbeat/1"
 LIMIT = 16 * 1024  # bytes of one message; the largest names all members
 SET_BYTES = 16  # of a set of members, always, so that traffic does not depend on who is in it
 MAX_REASON = 300
-
-
-def printable(text: str) -> str:
-    """What others say is shown in terminals: nothing in it may steer one."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 Life = Annotated[bytes, Field(min_length=8, max_length=8)]

@@ -19,11 +19,11 @@ from petals_agent.heartbeat.messages import (
     Answer,
     Request,
     encode,
-    printable,
     read_answer,
     read_request,
 )
 from petals_agent.p2p import light
+from petals_agent.printable import printable
 
 light.install(without_torch=True)
 

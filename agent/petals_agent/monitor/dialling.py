@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from petals_agent.errors import DaemonError
 from petals_agent.monitor.state import Entry
 from petals_agent.p2p import control
+from petals_agent.printable import printable
 from petals_agent.swarm.pings import is_unsupported_protocol
 
 if TYPE_CHECKING:
@@ -151,5 +152,4 @@ async def dial_entries(daemon: str, maddrs: Sequence[str]) -> tuple[Entry, ...]:
 
 def words(error: Exception) -> str:
     """An error's text, in which a stranger may have written, as one line of printable characters."""
-    text = "".join(c if c.isprintable() else " " for c in str(error)[: 4 * _MAX_REASON])
-    return " ".join(text.split())[:_MAX_REASON] or type(error).__name__
+    return " ".join(printable(str(error)[: 4 * _MAX_REASON]).split())[:_MAX_REASON] or type(error).__name__
